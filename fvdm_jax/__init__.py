@@ -1,0 +1,1 @@
+"""Video diffusion in which every frame has its own noise level."""
