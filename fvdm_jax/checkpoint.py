@@ -1,0 +1,75 @@
+"""Trees of arrays and the configs of networks, in and out of a folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.models.text import TextConfig
+from fvdm_jax.models.vae import VAEConfig
+
+NETWORKS = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
+
+
+class Model(NamedTuple):
+    """Configs and parameters of the networks, by name (`dit`, `vae`, `text`), as one folder holds them."""
+
+    configs: dict
+    params: dict
+
+
+def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
+    """Writes a nested tree of arrays as safetensors, keys joined by "/", floats as `dtype` where given."""
+    from safetensors.numpy import save_file
+
+    flat = {key: np.asarray(x) for key, x in flatten(tree)}
+    # A strided array is written wrong by some versions of the library, hence contiguous.
+    flat = {k: np.ascontiguousarray(x.astype(dtype) if dtype and x.dtype.kind == "f" else x) for k, x in flat.items()}
+    save_file(flat, path)
+
+
+def load_tree(path: Path) -> dict:
+    """The nested tree of `save_tree`, as float32 where it was stored narrower."""
+    from safetensors.numpy import load_file
+
+    tree: dict = {}
+    for key, array in load_file(path).items():
+        *parents, leaf = key.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array.astype(np.float32) if array.dtype.kind == "f" else array
+    return tree
+
+
+def flatten(tree: dict, prefix: str = ""):
+    """(path, array) of every leaf, in the order of the keys."""
+    for key in sorted(tree):
+        if isinstance(tree[key], dict):
+            yield from flatten(tree[key], f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", tree[key]
+
+
+def load(folder: Path) -> Model:
+    """The model of a folder: `config.json` with a config for each network, and its NAME.safetensors."""
+    stored = json.loads((folder / "config.json").read_text())
+    configs = {name: configure(NETWORKS[name], stored[name]) for name in NETWORKS}
+    return Model(configs, {name: load_tree(folder / f"{name}.safetensors") for name in NETWORKS})
+
+
+def configure(kind: type, fields: dict):
+    """A config of this kind from plain JSON; TypeError on a field that it does not have."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def save(folder: Path, model: Model, extra: dict, dtype: str = "float16") -> None:
+    """Writes the folder that `load` reads; `extra` joins `config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tree in model.params.items():
+        save_tree(folder / f"{name}.safetensors", tree, dtype)
+    stored = {name: dataclasses.asdict(config) for name, config in model.configs.items()}
+    (folder / "config.json").write_text(json.dumps(stored | extra, indent=1) + "\n")

@@ -1,0 +1,297 @@
+"""What a file of pictures is, and its pictures one by one, as upright RGB images.
+
+What a file is, is read from its first bytes; its name says nothing. Only the decoder of that one format is
+ever called, and nothing reaches the network or another file. Of an image: EXIF orientation and colour profile
+are applied, transparency lies on white, 16 bits are scaled to 8, an animated PNG or WebP gives its first frame.
+Of a clip: the frames in their order, whatever their times; an animated GIF is a clip.
+"""
+
+import contextlib
+import io
+import os
+import re
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from fvdm_jax.program import Refusal
+
+MOST_PIXELS = 50_000_000
+LEAST_SIDE = 16
+BACKGROUND = (255, 255, 255)
+"""What shows through a transparent image."""
+
+IMAGES = (
+    (rb"\x89PNG\r\n\x1a\n", "PNG"),
+    (rb"\xff\xd8\xff", "JPEG"),
+    (rb"RIFF....WEBP", "WEBP"),
+    (rb"BM", "BMP"),
+    (rb"II\*\0|MM\0\*", "TIFF"),
+    (rb"GIF8[79]a", "GIF"),
+)
+CLIPS = (
+    (rb"....(ftyp|moov|mdat|wide|free|skip)", "mov"),
+    (rb"\x1a\x45\xdf\xa3", "matroska"),
+    (rb"RIFF....AVI ", "avi"),
+)
+STRANGERS = (
+    (rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1|avi[fs])", "a HEIC or AVIF picture"),
+    (rb"version https://git-lfs", "a Git LFS pointer; the file itself was never fetched (git lfs pull)"),
+    (rb"\s*(<!doctype html|<html)", "a web page, not the file it links to"),
+    (rb"\s*(<\?xml|<svg|<!--)", "an SVG or XML text"),
+    (rb"%PDF", "a PDF document"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "a PostScript file"),
+    (rb"\s*(#EXTM3U|ffconcat|\[playlist\])", "a playlist"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive"),
+)
+READABLE = "give a PNG, JPEG, WebP, BMP, TIFF, GIF, MP4, MOV, WebM, MKV or AVI file"
+
+
+class Media(NamedTuple):
+    """What a file holds: `kind` is "image", "gif" (animated) or "video"; sides in pixels as shown."""
+
+    kind: str
+    format: str
+    width: int
+    height: int
+    frames: int
+
+
+def probe(path: str | os.PathLike) -> Media:
+    """What the file at `path` holds; an image is decoded, of a clip only the header and the index are read.
+
+    Raises Refusal, named `path`, for anything that `read` could not use.
+    """
+    kind, form = _sniff(path)
+    with _refusing(path):
+        if kind == "image":
+            return _probe_image(path, form)
+        return _probe_clip(path, form)
+
+
+@contextlib.contextmanager
+def pictures(path: str | os.PathLike) -> Iterator[Iterator]:
+    """The pictures of the file at `path`, decoded one at a time, as PIL images. Raises Refusal."""
+    kind, form = _sniff(path)
+    decode = _gif_frames if form == "GIF" else _still if kind == "image" else _clip_frames
+    with _refusing(path), contextlib.closing(decode(path, form)) as decoded:
+        yield decoded
+
+
+def _sniff(path) -> tuple[str, str]:
+    name = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) or name.startswith("\\\\"):
+        raise Refusal(path, "is an address on a network", "download it and give the file")
+    try:
+        mode = os.stat(name).st_mode
+        if not stat.S_ISREG(mode):
+            what = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+            raise Refusal(path, f"is a {what}, not a file", READABLE)
+        with open(name, "rb") as file:
+            head = file.read(64)
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        raise Refusal(path, f"cannot be read: {reason}", "give a picture or a clip that exists") from failure
+    return _named(path, head)
+
+
+def _named(path, head: bytes) -> tuple[str, str]:
+    for table, kind in ((STRANGERS, ""), (IMAGES, "image"), (CLIPS, "video")):
+        for magic, form in table:
+            if re.match(magic, head, re.DOTALL | re.IGNORECASE if not kind else re.DOTALL):
+                if not kind:
+                    raise Refusal(path, f"is {form}", READABLE)
+                return kind, form
+    raise Refusal(path, "is neither an image nor a video" if head else "is empty", READABLE)
+
+
+@contextlib.contextmanager
+def _refusing(path) -> Iterator[None]:
+    """Turns whatever the decoders say of a bad file into a Refusal."""
+    from PIL import Image, UnidentifiedImageError
+
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    known = (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        TypeError,
+        KeyError,
+        IndexError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except bombs as large:
+        raise Refusal(path, "is far larger than 50 million pixels", "scale it down first") from large
+    except UnidentifiedImageError as broken:
+        raise Refusal(path, "is a damaged image", "give a whole one") from broken
+    except known as broken:
+        reason = getattr(broken, "strerror", None) or str(broken) or type(broken).__name__
+        raise Refusal(path, f"is damaged or cut short ({reason})", "give a whole file") from broken
+
+
+def _check_size(path, width: int, height: int) -> None:
+    if min(width, height) < LEAST_SIDE:
+        raise Refusal(path, f"is {width}x{height} pixels", f"{LEAST_SIDE} pixels a side is the least")
+    if width * height > MOST_PIXELS:
+        raise Refusal(
+            path, f"is {width}x{height} pixels", "50 million pixels is the most; scale it down first"
+        )
+
+
+def _probe_image(path, form: str) -> Media:
+    with _opened(path, form) as image:
+        frames = getattr(image, "n_frames", 1) if form == "GIF" else 1
+        # Asked for before decoding, which a JPEG then does at an eighth of the size in an eighth of the time.
+        width, height = image.size
+        if image.getexif().get(0x0112, 1) >= 5:
+            width, height = height, width
+        image.seek(0)
+        image.draft(None, (width // 8, height // 8))
+        _colours(path, form, image)
+        return Media("gif" if frames > 1 else "image", form, width, height, frames)
+
+
+@contextlib.contextmanager
+def _opened(path, form: str):
+    from PIL import Image
+
+    with open(path, "rb") as file, Image.open(file, formats=[form]) as image:
+        _check_size(path, *image.size)
+        yield image
+
+
+def _still(path, form: str) -> Iterator:
+    from PIL import ImageOps
+
+    with _opened(path, form) as image:
+        yield _colours(path, form, ImageOps.exif_transpose(image))
+
+
+def _gif_frames(path, form: str) -> Iterator:
+    from PIL import ImageSequence
+
+    with _opened(path, form) as image:
+        for frame in ImageSequence.Iterator(image):
+            yield _colours(path, form, frame)
+
+
+def _colours(path, form, image):
+    """The picture as RGB on the background, decoded."""
+    from PIL import Image
+
+    if image.mode in ("F", "LAB", "HSV") or (image.mode == "I" and form != "PNG"):
+        raise Refusal(path, f"has pixels of the kind {image.mode}", "save it as RGB with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
+    image = _profiled(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        ground = Image.new("RGBA", image.size, BACKGROUND)
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _profiled(image):
+    """In sRGB where the image says in which other colours it is; as it is where what it says is no use."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK"):
+        return image
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+
+
+@contextlib.contextmanager
+def _demuxed(path, form: str):
+    """The container and its stream of pictures; protocol and format are fixed, hence no file names another."""
+    import av
+
+    name = "file:" + os.path.abspath(path)
+    options = (
+        {"protocol_whitelist": "file", "enable_drefs": "0"}
+        if form == "mov"
+        else {"protocol_whitelist": "file"}
+    )
+    try:
+        with av.open(name, format=form, options=options) as container:
+            if not container.streams.video:
+                raise Refusal(path, "has no pictures, only sound or text", "give a clip")
+            stream = container.streams.video[0]
+            _check_size(path, stream.codec_context.width, stream.codec_context.height)
+            yield container, stream
+    except av.FFmpegError as broken:
+        raise Refusal(path, f"is damaged or cut short ({broken.strerror})", "give a whole file") from broken
+
+
+def _probe_clip(path, form: str) -> Media:
+    with _demuxed(path, form) as (container, stream):
+        ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if form == "mov" and ends > os.path.getsize(path):
+            raise Refusal(path, "is cut short: its index names frames beyond its end", "give a whole file")
+        # Containers other than mov state no number of frames, or one from the duration; hence the count.
+        stated = stream.frames if form == "mov" else 0
+        frames = stated or sum(packet.size > 0 for packet in container.demux(stream))
+        if not frames:
+            raise Refusal(path, "has no frames", "give a clip")
+        return Media("video", form, *_shown(stream), frames)
+
+
+def _shown(stream) -> tuple[int, int]:
+    """Width and height with square pixels."""
+    width, height = stream.codec_context.width, stream.codec_context.height
+    return max(1, round(width * (stream.sample_aspect_ratio or 1))), height
+
+
+def _clip_frames(path, form: str) -> Iterator:
+    from PIL import Image
+
+    with _demuxed(path, form) as (container, stream):
+        stream.thread_type = "AUTO"
+        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        for index, frame in enumerate(_decoded(path, container, stream)):
+            if frame.is_corrupt:
+                raise Refusal(path, f"frame {index} is damaged", "give a whole file, or keep fewer frames")
+            picture = Image.fromarray(_rgb(frame, *_shown(stream)))
+            yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+
+
+def _decoded(path, container, stream) -> Iterator:
+    import av
+
+    index, frames = 0, container.decode(stream)
+    while True:
+        try:
+            frame = next(frames, None)
+        except av.FFmpegError as broken:
+            reason = f"cannot be decoded after frame {index} ({broken.strerror})"
+            raise Refusal(path, reason, "give a whole file, or keep fewer frames") from broken
+        if frame is None:
+            return
+        yield frame
+        index += 1
+
+
+def _rgb(frame, width: int, height: int) -> np.ndarray:
+    from av.video.reformatter import Colorspace, Interpolation
+
+    unstated = frame.colorspace not in (1, 4, 5, 6, 7, 9)
+    # Players take an unstated matrix for BT.709 in high definition and for BT.601 below, and so do we.
+    matrix = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unstated else None
+    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    return frame.reformat(width, height, "rgb24", src_colorspace=matrix, interpolation=exact).to_ndarray()

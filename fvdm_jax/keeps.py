@@ -1,0 +1,137 @@
+"""What is kept of a video: which latent frames, from which file, how loosely."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fvdm_jax import video
+from fvdm_jax.program import Refusal
+
+STRIDE = 4
+"""Pixel frames that a latent frame after the first stands for."""
+
+GRAMMAR = """\
+what --keep takes
+  FRAME=FILE[:STRENGTH]   FRAME counts latent frames from 0, `last` is the last. The first is one frame of the
+                          video and every later one is four, so 81 frames of video are 0 to 20.
+  0=cat.png               begins with this image       0=cat.png:0.3   begins near it
+  last=cat.png            ends with it; an image kept after frame 0 stands still for its four frames
+  0=clip.mp4              begins as the clip begins    last=clip.mp4   ends as the clip ends
+  0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
+  STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what follows
+                          the last colon, if that is a number.
+A clip given without a range keeps as many frames as it has and as there is room for; all such clips together
+keep at most half of the video, so that something is left to generate. An animated GIF is a clip.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """`count` latent frames from `first` on, given by the file; of a clip, its frames from `skip` on."""
+
+    first: int
+    count: int
+    path: Path
+    kind: str
+    strength: float = 0.0
+    skip: int = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames of the file that it takes; for an image 1."""
+        return 1 if self.kind == "image" else STRIDE * self.count - STRIDE + 1
+
+
+def latent(frames: int) -> int:
+    """How many latent frames the first `frames` frames of a clip fill."""
+    return 1 + (frames - 1) // STRIDE
+
+
+class _Asked(NamedTuple):
+    """One --keep as written: a range, or a single frame with which a clip begins or, at `last`, ends."""
+
+    flag: str
+    first: int
+    last: int
+    form: str
+    path: Path
+    strength: float
+
+
+def _asked(text: str, frames: int) -> _Asked:
+    flag, (place, equals, file) = f"--keep {text}", text.partition("=")
+    match = re.fullmatch(r"(\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
+    valid = f"give 0 to {frames - 1}, last, or a range such as 0-{frames - 1}, then =FILE"
+    if not match or not equals:
+        raise Refusal(flag, f"{place!r} is no latent frame" if equals else "has no =FILE", valid)
+    first, last = (frames - 1 if at == "last" else int(at) for at in (match[1], match[3] or match[1]))
+    if not first <= last < frames:
+        raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
+    form = "range" if match[2] else "end" if place == "last" else "start"
+    path, colon, tail = file.rpartition(":")
+    try:
+        strength = float(tail) if colon else 0.0
+    except ValueError:
+        path, strength = file, 0.0
+    if not 0 <= strength <= 1:
+        raise Refusal(flag, f"the strength {tail} is outside 0 to 1", "0 keeps, 1 ignores, 0.3 loosens")
+    return _Asked(flag, first, last, form, Path(path if colon else file), strength)
+
+
+def placed(texts: Sequence[str], frames: int) -> tuple[Keep, ...]:
+    """What each FRAME=FILE[:STRENGTH] keeps of a video of `frames` latent frames, in the order of the frames.
+
+    Raises Refusal, named --keep, for a bad frame, strength or file, and for a frame that is given twice.
+    """
+    asked = [_asked(text, frames) for text in texts]
+    media = [_probed(one) for one in asked]
+    free = sum(m.kind != "image" and one.form != "range" for one, m in zip(asked, media, strict=True))
+    share = math.ceil(frames / max(1, 2 * free))
+    keeps = []
+    for one, held in zip(asked, media, strict=True):
+        others = [other for other in asked if other is not one]
+        count = _count(one, held, min(share, _room(one, others, frames)))
+        at = one.last + 1 - count if one.form == "end" else one.first
+        keep = Keep(at, count, one.path, held.kind, one.strength)
+        skip = held.frames - keep.frames if one.form == "end" else 0
+        keeps.append((keep if held.kind == "image" else dataclasses.replace(keep, skip=skip), one.flag))
+    keeps.sort(key=lambda pair: pair[0].first)
+    for (one, flag), (other, its) in itertools.pairwise(keeps):
+        if one.first + one.count > other.first:
+            raise Refusal(
+                its, f"latent frame {other.first} is already given by {flag}", "give each frame once"
+            )
+    return tuple(keep for keep, _ in keeps)
+
+
+def _probed(one: _Asked) -> video.Media:
+    try:
+        return video.probe(one.path)
+    except Refusal as refusal:
+        raise Refusal(one.flag, f"the file {refusal.what}", refusal.right) from refusal
+
+
+def _room(one: _Asked, others: list[_Asked], frames: int) -> int:
+    """Latent frames between the frame asked for and the next one that another file is asked for."""
+    if one.form == "end":
+        return frames - 1 - max((other.last for other in others if other.last < one.last), default=-1)
+    return min((other.first for other in others if other.first > one.first), default=frames) - one.first
+
+
+def _count(one: _Asked, held: video.Media, room: int) -> int:
+    count = one.last + 1 - one.first
+    if held.kind == "image":
+        if count > 1:
+            raise Refusal(one.flag, "an image stands for one latent frame", f"give {one.first}=FILE")
+        return 1
+    if one.form != "range":
+        return max(1, min(room, latent(held.frames)))
+    needed = STRIDE * count - STRIDE + 1
+    if held.frames < needed:
+        right = f"{one.first}-{one.first + latent(held.frames) - 1} is the most it fills"
+        raise Refusal(one.flag, f"{needed} frames needed, {held.frames} found", right)
+    return count

@@ -1,0 +1,1 @@
+"""The networks: one a file, none of which knows what diffusion is."""

@@ -1,0 +1,253 @@
+"""Wan's diffusion transformer with a timestep for every frame.
+
+At equal timesteps it is Wan 2.1's network; at any others it is what Pusa (arXiv 2507.16116) and Wan 2.2's
+TI2V-5B compute. The modulation stays [b f 6 d] and broadcasts over the tokens of a frame: the reference
+implementations repeat it for every token, 4.6 GB at 14B and 720p where this is 2.6 MB.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from fvdm_jax.kernels.attention import attention
+from fvdm_jax.models.layers import Dense, LayerNorm, RMSNorm, layer_norm, named, rope_table, rotate, sinusoid
+from fvdm_jax.shapes import Latents, Levels, TextStates
+
+FrameTokens = Float[Array, "b f s d"]
+
+PATCH = 2
+"""A token is PATCH × PATCH latent pixels of one frame."""
+
+FREQUENCIES = 256
+"""Width of the sinusoid of the timestep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of one network. `image_width` > 0 adds the CLIP branch of Wan2.1's I2V models,
+    `image_tokens` > 0 FLF2V's learned position for each of its image tokens."""
+
+    width: int
+    ffn: int
+    heads: int
+    layers: int
+    channels_in: int = 16
+    channels_out: int = 16
+    text_width: int = 4096
+    text_length: int = 512
+    image_width: int = 0
+    image_tokens: int = 0
+    dtype: str = "bfloat16"
+    remat: bool = False
+
+
+_14B = DiTConfig(5120, 13824, 40, 40)
+SIZES = {
+    "wan_1_3b": DiTConfig(1536, 8960, 12, 30),
+    "wan_5b": DiTConfig(3072, 14336, 24, 30, channels_in=48, channels_out=48),
+    "wan_14b": _14B,
+    "wan_14b_i2v": dataclasses.replace(_14B, channels_in=36, image_width=1280),
+    "wan_14b_flf2v": dataclasses.replace(_14B, channels_in=36, image_width=1280, image_tokens=514),
+    "wan_a14b_i2v": dataclasses.replace(_14B, channels_in=36),
+}
+"""The published sizes; `wan_14b` is also each expert of Wan2.2's T2V-A14B, `wan_a14b_i2v` of its I2V-A14B."""
+
+
+class Extra(NamedTuple):
+    """What Wan's own I2V models take beside text: latents joined to x's channels, and CLIP's image tokens."""
+
+    channels: Latents | None = None
+    image: Float[Array, "b n e"] | None = None
+
+
+class Attention(nn.Module):
+    """Wan's attention: q and k normalised over the full width before the heads are split.
+
+    With a rope table it is self-attention over all frames; with `image` it adds a second softmax over the
+    image tokens, of the same queries, before the output projection.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x, context, rope=None, image=None):
+        q = self._heads("q", x, norm="norm_q")
+        k, v = self._heads("k", context, norm="norm_k"), self._heads("v", context)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        out = attention(q, k, v)
+        if image is not None:
+            k, v = self._heads("k_img", image, norm="norm_k_img"), self._heads("v_img", image)
+            out = out + attention(q, k, v)
+        out = rearrange(out, "b n a k -> b n (a k)")
+        return Dense(self.config.width, ("heads", "embed"), self.config.dtype, name="o")(out)
+
+    def _heads(self, name, x, norm=None):
+        y = Dense(self.config.width, ("embed", "heads"), self.config.dtype, name=name)(x)
+        y = y if norm is None else RMSNorm(name_="heads", name=norm)(y)
+        return rearrange(y, "b n (a k) -> b n a k", a=self.config.heads)
+
+
+class FeedForward(nn.Module):
+    """Dense, GELU (tanh form), Dense."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        x = Dense(self.config.ffn, ("embed", "mlp"), self.config.dtype, name="up")(x)
+        return Dense(self.config.width, ("mlp", "embed"), self.config.dtype, name="down")(nn.gelu(x))
+
+
+def modulation_table(module: nn.Module, rows: int, width: int) -> Float[Array, "rows d"]:
+    """The learned table that is added to a frame's modulation; Wan draws it N(0, 1/width)."""
+    init = nn.initializers.normal(width**-0.5)
+    return module.param("modulation", named(init, None, "embed"), (rows, width)).astype(jnp.float32)
+
+
+def split_modulation(table, embedded) -> list[Float[Array, "b f 1 d"]]:
+    """Table [r d] + embedded [b f r d], as r arrays that broadcast over the tokens of a frame."""
+    return list(rearrange(table + embedded, "b f r d -> r b f 1 d"))
+
+
+def gated(x: FrameTokens, gate: Float[Array, "b f 1 d"], y: FrameTokens) -> FrameTokens:
+    """x + gate·y, in float32, returned in x's dtype."""
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer: self-attention and feed-forward, modulated and gated per frame, around cross-attention."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: FrameTokens, embedded, text, image, rope):
+        c, dtype, frames = self.config, self.config.dtype, x.shape[1]
+        table = modulation_table(self, 6, c.width)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split_modulation(table, embedded)
+
+        def flat(y):
+            return rearrange(y.astype(dtype), "b f s d -> b (f s) d")
+
+        def framed(y):
+            return rearrange(y, "b (f s) d -> b f s d", f=frames)
+
+        y = flat(layer_norm(x) * (1 + scale_a) + shift_a)
+        y = framed(Attention(c, name="self_attn")(y, y, rope=rope))
+        x = gated(x, gate_a, y)
+        y = flat(LayerNorm(name="norm3")(x))
+        x = x + framed(Attention(c, name="cross_attn")(y, text, image=image))
+        y = layer_norm(x) * (1 + scale_f) + shift_f
+        return gated(x, gate_f, FeedForward(c, name="ffn")(y.astype(dtype))), None
+
+
+class MLP(nn.Module):
+    """Dense, activation, Dense: the embeddings of time and text."""
+
+    features: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.normal(0.02)
+        x = Dense(self.features, ("embed_in", "embed"), self.dtype, init=init, name="up")(x)
+        x = {"silu": nn.silu, "gelu": nn.gelu}[self.activation](x)
+        return Dense(self.features, ("embed", "embed_out"), self.dtype, init=init, name="down")(x)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP's tokens [b n e] to the width of the network; ε is 1e-5 and GELU is exact here, as in CLIP."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        if c.image_tokens:
+            init = named(nn.initializers.zeros, None, "embed_in")
+            x = x + self.param("positions", init, (c.image_tokens, c.image_width)).astype(x.dtype)
+        x = LayerNorm(1e-5, name="norm_in")(x)
+        x = Dense(c.image_width, ("embed_in", "embed_in_out"), c.dtype, name="up")(x)
+        x = Dense(c.width, ("embed_in", "embed"), c.dtype, name="down")(nn.gelu(x, approximate=False))
+        return LayerNorm(1e-5, name="norm_out")(x)
+
+
+class Head(nn.Module):
+    """Tokens to patches of velocity, modulated by the time embedding itself, not its projection."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: FrameTokens, embedded: Float[Array, "b f d"]):
+        c = self.config
+        table = modulation_table(self, 2, c.width)
+        shift, scale = split_modulation(table, rearrange(embedded, "b f d -> b f 1 d"))
+        x = (layer_norm(x) * (1 + scale) + shift).astype(c.dtype)
+        init = nn.initializers.zeros
+        return Dense(PATCH * PATCH * c.channels_out, ("embed", None), c.dtype, init=init, name="out")(x)
+
+
+class DiT(nn.Module):
+    """Velocity [b f h w c] of noisy latents x [b f h w c] at a timestep 0 … 1000 for every frame.
+
+    `text` [b l e] is zero after each prompt's true length and is attended unmasked, as Wan does; h and w
+    are even. float32 in, float32 out; inside `config.dtype`, with the time embedding, norms, modulation
+    and softmax in float32. `extra` is for the networks with 36 input channels.
+    Source: Wan2.1 wan/modules/model.py; per frame as Wan2.2's, with the modulation not repeated per token.
+    """
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Latents, timestep: Levels, text: TextStates, extra: Extra = Extra()) -> Latents:
+        c = self.config
+        if extra.channels is not None:
+            x = jnp.concatenate([x, extra.channels], axis=-1)
+        f, h, w = x.shape[1], x.shape[2] // PATCH, x.shape[3] // PATCH
+
+        tokens = rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=PATCH, q=PATCH)
+        tokens = Dense(c.width, (None, "embed"), c.dtype, name="patch_embedding")(tokens)
+        time = MLP(c.width, "silu", "float32", name="time_embedding")(sinusoid(timestep, FREQUENCIES))
+        projected = Dense(6 * c.width, ("embed", "mlp"), "float32", name="time_projection")(nn.silu(time))
+        projected = rearrange(projected, "b f (r d) -> b f r d", r=6)
+        text = MLP(c.width, "gelu", c.dtype, name="text_embedding")(text)
+        image = None if extra.image is None else ImageEmbedding(c, name="image_embedding")(extra.image)
+
+        tokens, _ = _scanned(c)(c, name="blocks")(
+            tokens, projected, text, image, rope_table((f, h, w), c.width // c.heads)
+        )
+        patches = Head(c, name="head")(tokens, time).astype(jnp.float32)
+        return rearrange(patches, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h, p=PATCH, q=PATCH)
+
+
+def _scanned(config: DiTConfig):
+    """Block, scanned over the layers: one compiled layer whatever the depth."""
+    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
+def abstract(config: DiTConfig):
+    """The parameters of the network as shapes with logical axis names, without allocating any of them."""
+    x = jnp.zeros((1, 1, PATCH, PATCH, config.channels_out))
+    text = jnp.zeros((1, 1, config.text_width))
+    extra = Extra(
+        channels=jnp.zeros((1, 1, PATCH, PATCH, config.channels_in - config.channels_out))
+        if config.channels_in > config.channels_out
+        else None,
+        image=jnp.zeros((1, config.image_tokens or 1, config.image_width)) if config.image_width else None,
+    )
+    init = jax.eval_shape(DiT(config).init, jax.random.key(0), x, jnp.zeros((1, 1)), text, extra)
+    return init["params"]

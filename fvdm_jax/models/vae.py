@@ -1,0 +1,276 @@
+"""Wan's causal video VAEs, encode and decode of a whole clip: 2.1 and 2.2 are two configs of one network.
+
+A clip of t = 4·f − 3 frames becomes f latent frames; no frame ever sees a later one. The first frame is
+encoded alone, so an image is a clip of one frame. Source: Wan2.1 wan/modules/vae.py and Wan2.2
+wan/modules/vae2_2.py, whose chunk cache equals the whole-clip forms used here.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce, repeat
+from jaxtyping import Array, Float
+
+from fvdm_jax.kernels.attention import attention
+from fvdm_jax.models.layers import named
+from fvdm_jax.shapes import Latents, Video
+
+Frames = Float[Array, "b t h w c"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of one VAE. `temporal` says of each halving of the frame whether it halves time as well;
+    `shortcuts` are Wan 2.2's parameter-free averages and copies around every level."""
+
+    width: int
+    decoder_width: int
+    latent: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    temporal: tuple[bool, ...] = (False, True, True)
+    blocks: int = 2
+    patch: int = 1
+    shortcuts: bool = False
+    dtype: str = "float32"
+
+    @property
+    def spatial(self) -> int:
+        """Pixels to a side of one latent pixel."""
+        return self.patch * 2 ** len(self.temporal)
+
+
+def causal_conv(x: Frames, kernel: Float[Array, "t h w i o"]) -> Frames:
+    """Convolution that sees only this frame and earlier ones; zeros before the clip and around the frame.
+
+    Runs as one 2-D convolution over the taps' channels side by side, 1.3 to 1.9 times as fast as a 3-D one
+    on CPU. Taps that could only ever see zeros, because the clip is shorter than the kernel, are left out.
+    """
+    b, t = x.shape[:2]
+    kernel = kernel[-min(t, kernel.shape[0]) :]
+    taps = kernel.shape[0]
+    padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0), (0, 0)))
+    seen = jnp.concatenate([padded[:, i : i + t] for i in range(taps)], axis=-1)
+    y = _conv2d(rearrange(seen, "b t h w c -> (b t) h w c"), rearrange(kernel, "t h w i o -> h w (t i) o"))
+    return rearrange(y, "(b t) h w c -> b t h w c", b=b)
+
+
+def _conv2d(x, kernel, stride: int = 1, padding="SAME"):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+class Conv(nn.Module):
+    """Kernel [t h w i o] and bias; `stride` 2 halves the frame as Wan does, padding below and to the right."""
+
+    features: int
+    size: tuple[int, int, int] = (3, 3, 3)
+    stride: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2, 3))
+        shape = (*self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", named(init, None, None, None, "conv_in", "conv_out"), shape)
+        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (self.features,))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.stride == 1:
+            y = causal_conv(x, kernel)
+        else:
+            frames = rearrange(x, "b t h w c -> (b t) h w c")
+            y = _conv2d(frames, kernel[0], self.stride, ((0, 1), (0, 1)))
+            y = rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
+        return y + bias.astype(self.dtype)
+
+
+class Norm(nn.Module):
+    """x divided by its root mean square over the channels, times a learned scale; float32 inside."""
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        scale = self.param("scale", named(nn.initializers.ones, "conv_in"), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        # The floor on the length, 1e-12, is put under the root so that a frame of zeros has a gradient.
+        length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(y), -1, keepdims=True), 1e-24))
+        return (y / length * x.shape[-1] ** 0.5 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Residual(nn.Module):
+    """Norm, SiLU, convolution, twice, beside the input (through a 1×1×1 convolution where widths differ)."""
+
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        y = Conv(self.features, dtype=self.dtype, name="conv_0")(nn.silu(Norm(name="norm_0")(x)))
+        y = Conv(self.features, dtype=self.dtype, name="conv_1")(nn.silu(Norm(name="norm_1")(y)))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, (1, 1, 1), dtype=self.dtype, name="shortcut")(x)
+        return x + y
+
+
+class FrameAttention(nn.Module):
+    """One head of attention over the pixels of each frame by itself."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        b, _, h, _, c = x.shape
+        qkv = Conv(3 * c, (1, 1, 1), dtype=self.dtype, name="qkv")(Norm(name="norm")(x))
+        q, k, v = rearrange(qkv, "b t h w (three c) -> three (b t) (h w) 1 c", three=3)
+        out = rearrange(attention(q, k, v), "(b t) (h w) 1 c -> b t h w c", b=b, h=h)
+        return x + Conv(c, (1, 1, 1), dtype=self.dtype, name="out")(out)
+
+
+class Down(nn.Module):
+    """Halves the frame and, where `temporal`, the frames after the first, which passes by alone."""
+
+    temporal: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        c = x.shape[-1]
+        x = Conv(c, (1, 3, 3), stride=2, dtype=self.dtype, name="conv")(x)
+        if not self.temporal:
+            return x
+        time = Conv(c, (3, 1, 1), dtype=self.dtype, name="time_conv")
+        if x.shape[1] == 1:
+            # The parameters must exist whatever clip initialises the network.
+            return x if not self.is_initializing() else x + 0 * time(x)
+        return jnp.concatenate([x[:, :1], time(x)[:, 2::2]], axis=1)
+
+
+class Up(nn.Module):
+    """Doubles the frames after the first, where `temporal`, and the frame, to `features` channels."""
+
+    temporal: bool
+    features: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        if self.temporal:
+            time = Conv(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype, name="time_conv")
+            if x.shape[1] > 1:
+                later = rearrange(time(x[:, 1:]), "b t h w (two c) -> b (t two) h w c", two=2)
+                x = jnp.concatenate([x[:, :1], later], axis=1)
+            elif self.is_initializing():
+                time(x)
+        x = repeat(x, "b t h w c -> b t (h p) (w q) c", p=2, q=2)
+        return Conv(self.features, (1, 3, 3), dtype=self.dtype, name="conv")(x)
+
+
+def average_down(x: Frames, features: int, time: int, space: int) -> Frames:
+    """Wan 2.2's shortcut down: the values of each cell, averaged in groups to `features` channels."""
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, "b (t i) (h p) (w q) c -> b t h w (c i p q)", i=time, p=space, q=space)
+    return reduce(x, "b t h w (o g) -> b t h w o", "mean", o=features)
+
+
+def copy_up(x: Frames, features: int, time: int, space: int) -> Frames:
+    """Wan 2.2's shortcut up: channels repeated and dealt to the cell; the first frame stays one frame."""
+    x = repeat(x, "b t h w c -> b t h w (c r)", r=features * time * space**2 // x.shape[-1])
+    x = rearrange(x, "b t h w (o i p q) -> b (t i) (h p) (w q) o", i=time, p=space, q=space)
+    return x[:, time - 1 :]
+
+
+class Middle(nn.Module):
+    """Residual, attention, residual at the smallest size."""
+
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Frames:
+        x = Residual(x.shape[-1], self.dtype, name="block_0")(x)
+        x = FrameAttention(self.dtype, name="attention")(x)
+        return Residual(x.shape[-1], self.dtype, name="block_1")(x)
+
+
+class Encoder(nn.Module):
+    """Pixels to mean and log-variance of the latents, side by side on the channels."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Video) -> Frames:
+        c, dtype = self.config, self.config.dtype
+        x = rearrange(x, "b t (h q) (w p) c -> b t h w (c p q)", p=c.patch, q=c.patch)
+        x = Conv(c.width, dtype=dtype, name="conv_in")(x)
+        for i, m in enumerate(c.multipliers):
+            y, down = x, i < len(c.temporal)
+            for j in range(c.blocks):
+                y = Residual(m * c.width, dtype, name=f"level_{i}_block_{j}")(y)
+            if down:
+                y = Down(c.temporal[i], dtype, name=f"level_{i}_down")(y)
+            if c.shortcuts:
+                time, space = 2 if down and c.temporal[i] else 1, 2 if down else 1
+                y = y + average_down(x, m * c.width, time, space)
+            x = y
+        x = nn.silu(Norm(name="norm_out")(Middle(dtype, name="middle")(x)))
+        x = Conv(2 * c.latent, dtype=dtype, name="conv_out")(x)
+        return Conv(2 * c.latent, (1, 1, 1), dtype=dtype, name="quant")(x)
+
+
+class Decoder(nn.Module):
+    """Latents, not normalised, to pixels."""
+
+    config: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Frames) -> Video:
+        c, dtype = self.config, self.config.dtype
+        x = Conv(c.latent, (1, 1, 1), dtype=dtype, name="post_quant")(x)
+        x = Conv(c.multipliers[-1] * c.decoder_width, dtype=dtype, name="conv_in")(x)
+        x = Middle(dtype, name="middle")(x)
+        temporal = c.temporal[::-1]
+        for i, m in enumerate(c.multipliers[::-1]):
+            y, features = x, m * c.decoder_width
+            for j in range(c.blocks + 1):
+                y = Residual(features, dtype, name=f"level_{i}_block_{j}")(y)
+            if i < len(temporal):
+                narrow = features if c.shortcuts else features // 2
+                y = Up(temporal[i], narrow, dtype, name=f"level_{i}_up")(y)
+                if c.shortcuts:
+                    y = y + copy_up(x, features, 2 if temporal[i] else 1, 2)
+            x = y
+        x = Conv(3 * c.patch**2, dtype=dtype, name="conv_out")(nn.silu(Norm(name="norm_out")(x)))
+        return rearrange(x, "b t h w (c p q) -> b t (h q) (w p) c", p=c.patch, q=c.patch)
+
+
+class VAE(nn.Module):
+    """`encode` and `decode` between pixels −1 … 1 and normalised latents; float32 in and out.
+
+    A clip has 1 + 4n frames (whatever `temporal` halves to) and sides that `config.spatial` divides.
+    """
+
+    config: VAEConfig
+
+    def setup(self):
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def moments(self, video: Video) -> tuple[Latents, Latents]:
+        """Mean and log-variance of the latents [b f h w c], not normalised."""
+        mean, log_variance = jnp.split(self.encoder(video).astype(jnp.float32), 2, axis=-1)
+        return mean, log_variance
+
+    def encode(self, video: Video) -> Latents:
+        """The mean of the latents, normalised; nothing is drawn."""
+        c = self.config
+        return (self.moments(video)[0] - jnp.asarray(c.mean)) / jnp.asarray(c.std)
+
+    def decode(self, latents: Latents) -> Video:
+        """Pixels, not clipped to −1 … 1: Wan's wrapper clips, here whoever turns them into bytes does."""
+        c = self.config
+        return self.decoder(latents * jnp.asarray(c.std) + jnp.asarray(c.mean)).astype(jnp.float32)
+
+    def __call__(self, video: Video) -> Video:
+        return self.decode(self.encode(video))

@@ -1,0 +1,278 @@
+"""The contract of every program: refuse in one line and early, leave whole files or none, stop when told to.
+
+Exit codes: 0 done, 1 an error of ours (with its traceback), 2 refused, 130 stopped by Ctrl-C. Nothing here
+imports jax, so that a refusal costs no more than the start of Python.
+"""
+
+import argparse
+import contextlib
+import difflib
+import errno
+import io
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import stat
+import sys
+import threading
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+GRACE = 2.0
+"""Seconds that Python is given to stop by itself after Ctrl-C before the process is ended from outside."""
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+_REMEDY = "free some space or choose another place; nothing was left behind"
+
+
+def plain(text: object, most: int = 120) -> str:
+    """`text` as one line that is safe to print: unprintable characters escaped, at most `most` characters."""
+    head = str(text)[: most + 1]
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+class Refusal(Exception):
+    """What a user gave cannot be used: `where` (a flag or file), `what` came, and what would be `right`.
+
+    As text it is one line of at most 1,500 characters, and ends `run` with exit code 2.
+    """
+
+    def __init__(self, where: object, what: str, right: str = ""):
+        super().__init__(where, what, right)
+        self.where, self.what, self.right = str(where), what, right
+
+    def __str__(self) -> str:
+        right = f"; {plain(self.right, 500)}" if self.right else ""
+        return f"error: {plain(self.where, 300)}: {plain(self.what, 650)}{right}"
+
+
+def whole(text: str) -> int:
+    """The whole number that `text` spells; for `type=` of an argument."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,40}", text.strip()):
+        raise argparse.ArgumentTypeError(f"{plain(text)!r} is not a whole number; give one, such as 5")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """The finite number that `text` spells; for `type=` of an argument."""
+    with contextlib.suppress(ValueError):
+        if "_" not in text and math.isfinite(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{plain(text)!r} is not a finite number; give one, such as 5 or 0.5")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations and whose every complaint is a Refusal.
+
+    `flags` are as of `argparse.ArgumentParser`; `--debug` is added, since `run` understands it.
+    """
+
+    def __init__(self, **flags):
+        flags.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, exit_on_error=False, **flags)
+        self.add_argument("--debug", action="store_true", help="show where in the program a refusal arose")
+
+    def parse_args(self, args=None, namespace=None):
+        """As of argparse. Raises Refusal, which for an unknown flag names the nearest known one."""
+        try:
+            parsed, unknown = self.parse_known_args(args, namespace)
+        except argparse.ArgumentError as wrong:
+            raise Refusal(wrong.argument_name or self.prog, *self._explained(wrong)) from wrong
+        if unknown:
+            self._refuse(next((given for given in unknown if given.startswith("-")), unknown[0]))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(self.prog, message, "--help lists the flags")
+
+    def _explained(self, wrong: argparse.ArgumentError) -> tuple[str, str]:
+        if wrong.message.startswith("expected"):
+            flag = wrong.argument_name
+            return f"{wrong.message} after it", f"a value that begins with a dash is written {flag}=VALUE"
+        return wrong.message, ""
+
+    def _refuse(self, given: str) -> NoReturn:
+        flag, flags = given.split("=")[0], sorted(self._option_string_actions)
+        if not flag.startswith("-"):
+            raise Refusal(
+                given, "belongs to no flag", "quote a value that has spaces; --help lists the flags"
+            )
+        near = difflib.get_close_matches(flag, flags, 1, 0.4)
+        raise Refusal(flag, "is no flag", f"the nearest is {near[0]}" if near else "--help lists the flags")
+
+
+class _Deaf(io.FileIO):
+    """A file whose reader may leave: what is written then goes nowhere, and the work goes on."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _harden_streams() -> None:
+    # A closed descriptor below 3 would otherwise be given to the next file that is opened, and printed into.
+    while (free := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(free, True)
+    os.close(free)
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None or stream is getattr(sys, f"__{name}__"):
+            if stream:
+                stream.flush()
+            raw = _Deaf(1 if name == "stdout" else 2, "w", closefd=False)
+            encoding = stream.encoding if stream else "utf-8"
+            buffered = io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+            setattr(sys, name, buffered)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it Ctrl-C ends the process also where Python is not running, as in a compiled loop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(reader, done), daemon=True)
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(previous)
+        writer.close()
+        watcher.join(1.0)
+        reader.close()
+
+
+def _watch(reader: socket.socket, done: threading.Event) -> None:
+    while received := reader.recv(1):
+        if received[0] == signal.SIGINT and not done.wait(GRACE):
+            sys.stderr.write("stopped\n")
+            sys.stderr.flush()
+            os._exit(130)
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """The exit code of `main(argv)`, its failures reported as the contract has it; argv: sys.argv's.
+
+    A program ends with `sys.exit(run(main))`.
+    """
+    _harden_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _interruptible():
+            code = main(argv) or 0
+    except Refusal as refusal:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(refusal, file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = 130
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    return code
+
+
+def _temporary(path: Path) -> Path:
+    """A free name beside `path`, which says whose it is: host, process, and a random part."""
+    host = zlib.crc32(socket.gethostname().encode())
+    return path.with_name(f".fvdm-{host:08x}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _clear_stale(folder: Path) -> None:
+    """Removes what killed processes of this machine left; those of other hosts cannot be judged from here."""
+    ours = re.compile(
+        rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
+    )
+    for name in os.listdir(folder):
+        if (match := ours.fullmatch(name)) and not _alive(int(match[1])):
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Names to write in place of `paths`: when the block ends all become `paths`, when it raises none does.
+
+    The names lie beside the outputs and keep their extensions; each must be written. What a killed run
+    left in those folders is removed first. Raises Refusal where the disk is full or the place cannot be written.
+    """
+    targets = [Path(os.path.realpath(path)) for path in paths]
+    drafts = tuple(_temporary(target) for target in targets)
+    folders = {target.parent for target in targets}
+    try:
+        for folder in folders:
+            _clear_stale(folder)
+        yield drafts
+        for draft in drafts:
+            _flush(draft)
+        for draft, target in zip(drafts, targets, strict=True):
+            os.replace(draft, target)
+        if os.name == "posix":
+            for folder in folders:
+                _flush(folder)
+    except OSError as failure:
+        if failure.errno not in UNWRITABLE:
+            raise
+        raise Refusal(paths[0], f"cannot be written: {os.strerror(failure.errno)}", _REMEDY) from failure
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+
+
+def check_output(path: Path, where: str, overwrite: bool) -> None:
+    """Raises Refusal, named `where`, unless a file can be made at `path`; only `overwrite` lets it replace one."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            kind = os.stat(path).st_mode
+            if not stat.S_ISREG(kind):
+                raise Refusal(where, f"{path} is no ordinary file", "give the name of a file")
+            if not overwrite:
+                raise Refusal(where, f"{path} exists", "give another name, or --overwrite to replace it")
+        # Permission bits do not tell for root, for /proc or for a read-only disk; trying does.
+        trial = _temporary(Path(os.path.realpath(path)))
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.unlink(trial)
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or str(failure)
+        raise Refusal(
+            where, f"{path} cannot be written: {reason}", "give a file in a folder that exists"
+        ) from failure

@@ -1,0 +1,290 @@
+"""What a user asks of `python -m fvdm_jax.sample`: read, checked and completed."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fvdm_jax.keeps import GRAMMAR, STRIDE, Keep, latent, placed
+from fvdm_jax.program import Parser, Refusal, check_output, number, plain, whole
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+OUT = Path("fvdm.mp4")
+SOLVERS = ("unipc", "dpm++", "euler")
+SPACINGS = ("wan", "pusa", "ddpm")
+MULTIPLE = 16
+"""What the sides of a video are multiples of, in pixels."""
+
+EPILOG = f"""{GRAMMAR}
+The video goes to --out, and beside it a contact sheet (.png) and every setting (.json). Existing files
+are only replaced with --overwrite, except those of the default name, fvdm.mp4, which each run replaces.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSizes:
+    """The settings with which a model samples where the user states none, and the file that says so."""
+
+    config: Path
+    sampling: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A video to be sampled; None: as the model has it. Complete, and with its `keeps`, once `validate` made it.
+
+    frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given.
+    """
+
+    prompt: str | None = None
+    negative: str | None = None
+    keep: tuple[str, ...] = ()
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+    solver: str | None = None
+    spacing: str | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    fps: float | None = None
+    seed: int = 0
+    model: Path = TINY
+    out: Path = OUT
+    overwrite: bool = False
+    explain: bool = False
+    debug: bool = False
+    keeps: tuple[Keep, ...] = ()
+
+    @property
+    def latent_frames(self) -> int:
+        """How many latent frames stand for the video."""
+        return latent(self.frames)
+
+    @property
+    def strength(self) -> list[float]:
+        """For every latent frame how much of the path it takes part in: 0 kept … 1 generated."""
+        strength = [1.0] * self.latent_frames
+        for keep in self.keeps:
+            strength[keep.first : keep.first + keep.count] = [keep.strength] * keep.count
+        return strength
+
+    @property
+    def outputs(self) -> tuple[Path, Path, Path]:
+        """The video, its contact sheet and its settings."""
+        return self.out, self.out.with_suffix(".png"), self.out.with_suffix(".json")
+
+    @property
+    def settings(self) -> dict:
+        """Every setting as plain JSON values; what the video's comment and the settings file hold."""
+        settings = dataclasses.asdict(self) | {"strength": self.strength}
+        del settings["debug"], settings["explain"], settings["overwrite"]
+        return json.loads(json.dumps(settings, default=str))
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """The validated Request of a command line. Raises Refusal, or SystemExit after --help."""
+    given = vars(parser().parse_args(argv))
+    request = Request(**given | {"keep": tuple(given["keep"])})
+    return validate(request, sizes(request.model))
+
+
+def parser() -> Parser:
+    """The flags of the program; those left out are the model's, from the config.json of its folder."""
+    flags = Parser(prog="fvdm_jax.sample", description="Samples a video.", epilog=EPILOG)
+    add = flags.add_argument
+    add("--prompt", metavar="TEXT", help="what to show; empty: whatever the model likes")
+    add("--negative", metavar="TEXT", help="what not to show")
+    add(
+        "--keep",
+        metavar="FRAME=FILE",
+        action="append",
+        default=[],
+        help="an image or clip to keep; repeatable",
+    )
+    add("--frames", type=whole, metavar="N", help="frames of the video, 1 + 4n")
+    add("--size", type=_size, metavar="HxW", help="height and width in pixels, multiples of 16")
+    add("--steps", type=whole, metavar="N", help="steps of the solver")
+    add("--solver", choices=SOLVERS, help="how a step is taken")
+    add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
+    add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
+    add("--seed", type=whole, default=0, metavar="N", help="0 to 2^64 - 1; default 0")
+    add("--fps", type=number, metavar="X", help="frames a second in the file")
+    add("--model", type=Path, default=TINY, metavar="DIR", help="folder of a model; default the bundled one")
+    add("--out", type=Path, default=OUT, metavar="PATH", help=".mp4 or .gif; default fvdm.mp4")
+    add("--overwrite", action="store_true", help="replace files that exist")
+    add("--explain", action="store_true", help="print the noise level of every frame at every step, and stop")
+    return flags
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(
+            f"{plain(text)!r} is not HxW; give height and width, such as 480x832"
+        )
+    return int(match[1]), int(match[2])
+
+
+def sizes(folder: Path) -> ModelSizes:
+    """What the config.json of a model's folder says of sampling. Raises Refusal, named --model."""
+    config = folder / "config.json"
+    try:
+        sampling = json.loads(config.read_text("utf-8"))["sampling"]
+        return ModelSizes(config, dict(sampling))
+    except OSError as failure:
+        what = f"{config} cannot be read: {failure.strerror}"
+    except (KeyError, TypeError):
+        what = f"{config} has no settings under 'sampling'"
+    except (ValueError, RecursionError):
+        what = f"{config} is not JSON"
+    raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
+
+
+def validate(request: Request, model: ModelSizes) -> Request:
+    """The Request completed from the model's settings, with its keeps placed. Raises Refusal; changes nothing.
+
+    In this order: values, files (images whole, clips by their header), and that the outputs can be written.
+    """
+    filled, where = _filled(request, model)
+    for name, rule in RULES.items():
+        if wrong := rule(getattr(filled, name)):
+            value = getattr(filled, name)
+            shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
+            raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
+    complete = dataclasses.replace(filled, keeps=placed(filled.keep, filled.latent_frames))
+    if not complete.explain:
+        _check_outputs(complete)
+    return complete
+
+
+def _filled(request: Request, model: ModelSizes) -> tuple[Request, dict[str, str]]:
+    """The Request without a None, and for each setting what to call it in a refusal."""
+    names = [field.name for field in dataclasses.fields(Request) if field.default is None]
+    if strange := sorted(set(model.sampling) - set(names)):
+        raise Refusal(
+            model.config, f"'sampling' holds {plain(strange[0])}", f"it may hold {', '.join(names)}"
+        )
+    values, where = {}, {"seed": "--seed"}
+    for name in names:
+        where[name] = f"--{name}"
+        if getattr(request, name) is None:
+            where[name] = f"{model.config}: sampling.{name}"
+            if name not in model.sampling:
+                raise Refusal(where[name], "is missing", f"add it there, or give --{name}")
+            value = model.sampling[name]
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(request, **values), where
+
+
+Rule = Callable[[object], tuple[str, str] | None]
+
+
+def _whole_from(least: int, most: int) -> Rule:
+    def rule(value):
+        if type(value) is not int or not least <= value <= most:
+            return "is not a possible number", f"give a whole number from {least} to {most}"
+
+    return rule
+
+
+def _above_zero(most: float, note: str = "") -> Rule:
+    def rule(value):
+        if type(value) not in (int, float) or not 0 < value <= most:
+            return "is out of range", f"give a number above 0, at most {most}{note}"
+
+    return rule
+
+
+def _one_of(names: Sequence[str]) -> Rule:
+    return lambda value: None if value in names else ("is unknown", f"give one of {', '.join(names)}")
+
+
+def _frames(value):
+    if wrong := _whole_from(1, 10_001)(value):
+        return wrong[0], wrong[1] + " of the form 1 + 4n"
+    if value % STRIDE != 1:
+        below = value - (value - 1) % STRIDE
+        return "is not of the form 1 + 4n", f"give {below} or {below + STRIDE}"
+
+
+def _sides(value):
+    if not isinstance(value, tuple) or len(value) != 2:
+        return "is not a height and a width", "give HxW, such as 480x832"
+    if any(type(side) is not int or not MULTIPLE <= side <= 8192 for side in value):
+        return "is out of range", f"give sides from {MULTIPLE} to 8192 pixels, multiples of {MULTIPLE}"
+    if any(side % MULTIPLE for side in value):
+        height, width = (max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in value)
+        return f"has a side that is not a multiple of {MULTIPLE}", f"the nearest is {height}x{width}"
+
+
+def _text(value):
+    if not isinstance(value, str):
+        return "is not text", "give a string"
+    if "\0" in value or not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        return "is not valid text", "give it in UTF-8, without NUL"
+
+
+RULES: dict[str, Rule] = {
+    "prompt": _text,
+    "negative": _text,
+    "frames": _frames,
+    "size": _sides,
+    "steps": _whole_from(1, 1000),
+    "solver": _one_of(SOLVERS),
+    "spacing": _one_of(SPACINGS),
+    "shift": _above_zero(1000, "; 1 spaces the steps evenly"),
+    "guidance": _above_zero(100, "; 1 turns guidance off"),
+    "fps": _above_zero(240),
+    "seed": _whole_from(0, 2**64 - 1),
+}
+
+
+def _check_outputs(request: Request) -> None:
+    if request.out.suffix.lower() not in (".mp4", ".gif"):
+        raise Refusal("--out", f"{request.out} ends in neither .mp4 nor .gif", "give such a name")
+    inputs = {os.path.realpath(keep.path) for keep in request.keeps}
+    for path in request.outputs:
+        if os.path.realpath(path) in inputs:
+            raise Refusal("--out", f"{path} would replace a file that is kept", "give another name")
+        check_output(path, "--out", request.overwrite or request.out == OUT)
+
+
+def picture(strength: Sequence[float]) -> str:
+    """One line with a character for every latent frame [f]: kept, kept loosely, or generated."""
+    row = "".join("█" if s == 0 else "·" if s == 1 else "▒" for s in strength)
+    loose = sorted({s for s in strength if 0 < s < 1})
+    span = " to ".join(f"{s:g}" for s in dict.fromkeys((loose[0], loose[-1]))) if loose else ""
+    legend = {"█": "█ kept", "▒": f"▒ kept, loosened {span}", "·": "· generated"}
+    count = f"{len(row)} latent frame{'s' * (len(row) != 1)}"
+    return f"{count}   {row}      {'   '.join(text for sign, text in legend.items() if sign in row)}"
+
+
+def explain(schedule: Sequence[Sequence[float]]) -> str:
+    """The level of every latent frame at every step [s f] as a table, and at a glance as shades of noise.
+
+    100 columns hold 21 frames; the shades stand beside the table where there is room, else below it.
+    """
+    rows = [[float(level) for level in row] for row in schedule]
+    frames = len(rows[0])
+    names = ["start", *(f"{step:5d}" for step in range(1, len(rows)))]
+    table = ["step ", *names]
+    for index, column in enumerate(zip(*rows, strict=True)):
+        cells = [str(index), *map(_level, column)]
+        table = [f"{line}{cell:>4}" for line, cell in zip(table, cells, strict=True)]
+    shades = ["".join(_shade(level) for level in row) for row in rows]
+    title = "The noise level of every latent frame (across) after every step (down): 1 noise, 0 clean."
+    if len(table[0]) + 3 + frames <= 100:
+        return "\n".join([title, "", *(f"{a}   {b}" for a, b in zip(table, ["", *shades], strict=True))])
+    glance = [f"{name}  {shade}" for name, shade in zip(names, shades, strict=True)]
+    return "\n".join([title, "", *table, "", "At a glance: █ noise … · clean", "", *glance])
+
+
+def _level(level: float) -> str:
+    return f"{level:.0f}" if level in (0, 1) else f"{level:.2f}".lstrip("0") if level < 0.995 else "1.0"
+
+
+def _shade(level: float) -> str:
+    return "·" if level == 0 else "░▒▓█"[min(3, int(level * 4))]
