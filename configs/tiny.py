@@ -31,7 +31,7 @@ VAE_SIZES = VAEConfig(
     16, 32, LATENT, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
 )
 
-VAE_STEPS = 1800
+VAE_STEPS = 3000
 IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 13, 48)
 """Count, frames and side in pixels of a batch of single frames and of one of clips."""
 KL = 1e-4

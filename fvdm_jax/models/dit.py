@@ -156,9 +156,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         init = nn.initializers.normal(0.02)
-        x = Dense(self.features, ("embed_in", "embed"), self.dtype, init=init, name="up")(x)
+        x = Dense(self.features, ("embed_in", "embed"), self.dtype, initializer=init, name="up")(x)
         x = {"silu": nn.silu, "gelu": nn.gelu}[self.activation](x)
-        return Dense(self.features, ("embed", "embed_out"), self.dtype, init=init, name="down")(x)
+        return Dense(self.features, ("embed", "embed_out"), self.dtype, initializer=init, name="down")(x)
 
 
 class ImageEmbedding(nn.Module):
@@ -190,7 +190,7 @@ class Head(nn.Module):
         shift, scale = split_modulation(table, rearrange(embedded, "b f d -> b f 1 d"))
         x = (layer_norm(x) * (1 + scale) + shift).astype(c.dtype)
         init = nn.initializers.zeros
-        return Dense(PATCH * PATCH * c.channels_out, ("embed", None), c.dtype, init=init, name="out")(x)
+        return Dense(PATCH * PATCH * c.channels_out, ("embed", "patch"), c.dtype, initializer=init, name="out")(x)
 
 
 class DiT(nn.Module):
@@ -212,7 +212,7 @@ class DiT(nn.Module):
         f, h, w = x.shape[1], x.shape[2] // PATCH, x.shape[3] // PATCH
 
         tokens = rearrange(x, "b f (h p) (w q) c -> b f (h w) (c p q)", p=PATCH, q=PATCH)
-        tokens = Dense(c.width, (None, "embed"), c.dtype, name="patch_embedding")(tokens)
+        tokens = Dense(c.width, ("patch", "embed"), c.dtype, name="patch_embedding")(tokens)
         time = MLP(c.width, "silu", "float32", name="time_embedding")(sinusoid(timestep, FREQUENCIES))
         projected = Dense(6 * c.width, ("embed", "mlp"), "float32", name="time_projection")(nn.silu(time))
         projected = rearrange(projected, "b f (r d) -> b f r d", r=6)

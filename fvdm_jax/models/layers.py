@@ -28,11 +28,11 @@ class Dense(nn.Module):
     names: Names = ("embed", "embed_out")
     dtype: DTypeLike = jnp.float32
     bias: bool = True
-    init: Callable = nn.initializers.xavier_uniform()
+    initializer: Callable = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-        kernel = self.param("kernel", named(self.init, *self.names), (x.shape[-1], self.features))
+        kernel = self.param("kernel", named(self.initializer, *self.names), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
