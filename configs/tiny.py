@@ -1,11 +1,15 @@
 """The bundled tiny model, from nothing: every weight in fvdm_jax/assets/tiny is made by this file.
 
     python configs/tiny.py vae        # pixels ↔ latents, on textures and moving shapes
+    python configs/tiny.py text       # captions → states from which every word of them can be read
     python configs/tiny.py latents    # a store of encoded clips with their captions
-    python configs/tiny.py dit        # captions → velocity, text encoder and transformer together
+    python configs/tiny.py dit        # noisy latents, levels and text states → velocity
     python configs/tiny.py pack       # the folder that the package carries
+
+Each step reads what those before it left in runs/tiny, and prints its loss every 100 steps.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -20,21 +24,45 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fvdm_jax.checkpoint import load_tree, save_tree  # noqa: E402
+from fvdm_jax import levels, process  # noqa: E402
+from fvdm_jax.checkpoint import Model, load_tree, save, save_tree  # noqa: E402
 from fvdm_jax.data import source  # noqa: E402
+from fvdm_jax.models.dit import DiT, DiTConfig  # noqa: E402
+from fvdm_jax.models.text import TextConfig, TextEncoder  # noqa: E402
+from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokens  # noqa: E402
 from fvdm_jax.models.vae import VAE, VAEConfig  # noqa: E402
 
 RUNS = Path("runs/tiny")
-LATENT = 16
+LATENT = 32
+"""Channels: twice Wan's, since so small a VAE squeezes less."""
+
 UNIT = (0.0,) * LATENT, (1.0,) * LATENT
 VAE_SIZES = VAEConfig(
     16, 32, LATENT, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
 )
 
-VAE_STEPS = 3000
-IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 13, 48)
-"""Count, frames and side in pixels of a batch of single frames and of one of clips."""
+TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
+DIT_SIZES = DiTConfig(192, 768, 3, 6, LATENT, LATENT, text_width=128, text_length=128, dtype="float32")
+FRAMES, SIDE, CLIPS = 33, 64, 16000
+
+VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1500, 6000
+IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 33, 32)
+"""Count, frames and side in pixels of a batch of single frames and of one of clips, cut out of SIDE."""
 KL = 1e-4
+
+
+SAMPLING = {
+    "prompt": "a large yellow circle moves right and bounces on a cloudy navy background",
+    "negative": "",
+    "frames": FRAMES,
+    "size": [SIDE, SIDE],
+    "steps": 30,
+    "solver": "unipc",
+    "spacing": "wan",
+    "shift": 3.0,
+    "guidance": 3.0,
+    "fps": 16,
+}
 
 
 def optimiser(rate: float, steps: int):
@@ -44,18 +72,21 @@ def optimiser(rate: float, steps: int):
 
 
 def vae_batch(step: int):
-    """Pixels [b t H W 3], half textures and half moving shapes: clips at every fourth step, else single frames,
-    of which three quarters are textures."""
-    count, frames, side = CLIP_BATCH if step % 4 == 3 else IMAGE_BATCH
-    shapes = count // 2 if step % 4 == 3 else count // 4
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), count - shapes)
-    return _vae_pixels(keys, source.scenes(np.random.default_rng((1, step)), shapes), frames, side)
+    """Pixels [b t H W 3], half textures, half moving shapes: at every third step clips, else images."""
+    count, frames, side = CLIP_BATCH if step % 3 == 2 else IMAGE_BATCH
+    rng = np.random.default_rng((1, step))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), count // 2)
+    corner = rng.integers(0, SIDE - side + 1, 2)
+    return _vae_pixels(keys, source.scenes(rng, count // 2), corner, frames, side)
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "side"))
-def _vae_pixels(keys, scene, frames, side):
-    textures = jax.vmap(lambda key: source.textures(key, frames, side, side))(keys)
-    return jnp.concatenate([textures, source.moving_shapes(scene, frames, side, side)])
+def _vae_pixels(keys, scene, corner, frames, side):
+    shapes = source.moving_shapes(scene, frames, SIDE, SIDE)
+    textures = jax.vmap(lambda key: source.textures(key, frames, SIDE, SIDE))(keys)
+    video = jnp.concatenate([textures, shapes])
+    start = (0, 0, *corner, 0)
+    return jax.lax.dynamic_slice(video, start, (*video.shape[:2], side, side, 3))
 
 
 def vae_loss(params, video, key):
@@ -71,35 +102,163 @@ def vae_loss(params, video, key):
 
 def train_vae(steps: int = VAE_STEPS):
     """Trains the VAE and stores it in RUNS, with the latents' mean and spread still 0 and 1."""
-    tx = optimiser(2e-3, steps)
     params = nn.meta.unbox(jax.jit(VAE(VAE_SIZES).init)(jax.random.key(0), vae_batch(0)))["params"]
-    print("parameters", sum(x.size for x in jax.tree.leaves(params)))
+    train(params, optimiser(2e-3, steps), steps, vae_batch, vae_loss, "vae")
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, state, video, key):
-        (_, error), grads = jax.value_and_grad(vae_loss, has_aux=True)(params, video, key)
+
+def train(params, tx, steps, batch, loss, name):
+    """A plain loop with a running average of the weights, which is what is stored, every 100 steps."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def update(params, average, state, data, key, decay):
+        (_, error), grads = jax.value_and_grad(loss, has_aux=True)(params, data, key)
         updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, error
+        params = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+        return params, average, state, error
 
-    train(params, tx, steps, vae_batch, update, "vae")
-
-
-def train(params, tx, steps, batch, update, name):
-    """A plain loop: batch, update, a line and a stored copy every 100 steps; stops on a loss that is not finite."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    state, began, errors = tx.init(params), time.time(), []
+    print(name, sum(x.size for x in jax.tree.leaves(params)), "parameters", flush=True)
+    average, state = jax.tree.map(jnp.array, params), tx.init(params)
+    began, errors = time.time(), []
     for step in range(steps):
-        key = jax.random.fold_in(jax.random.key(2), step)
-        params, state, error = update(params, state, batch(step), key)
+        key, decay = jax.random.fold_in(jax.random.key(2), step), min(0.998, step / (step + 10))
+        params, average, state, error = update(params, average, state, batch(step), key, decay)
         errors.append(error)
-        if step % 100 == 99:
+        if step % 100 == 99 or step == steps - 1:
             mean = float(np.mean(errors))
             if not np.isfinite(mean):
                 raise SystemExit(f"{name}: loss is {mean} between steps {step - 99} and {step}")
             print(f"{name} {step + 1}/{steps} loss {mean:.5f} {time.time() - began:.0f} s", flush=True)
             errors = []
-            save_tree(RUNS / f"{name}.safetensors", params)
+            save_tree(RUNS / f"{name}.safetensors", average)
 
+
+WORDS = (source.SHAPES, source.COLOURS, source.SIZES, source.DIRECTIONS, source.SPEEDS, source.BACKGROUNDS)
+CLASSES = [len(table) for table in (*WORDS, source.TONES)]
+"""How many words there are for what a scene's first seven fields say."""
+
+
+def text_batch(step: int):
+    """Tokens, mask and scenes of 64 captions."""
+    scenes = source.scenes(np.random.default_rng((3, step)), 64)
+    tokens, mask = byte_tokens([source.caption(scenes, i) for i in range(64)], TEXT_SIZES.length)
+    return tokens, mask, np.stack(scenes[: len(CLASSES)], -1)
+
+
+def text_loss(params, data, key):
+    """How badly words can be read off the mean of a caption's states: cross-entropy, and share misread."""
+    tokens, mask, answers = data
+    states = TextEncoder(TEXT_SIZES).apply({"params": params["encoder"]}, tokens, mask)
+    pooled = states.sum(1) / mask.sum(1, keepdims=True)
+    logits = jnp.split(pooled @ params["reader"], np.cumsum(CLASSES)[:-1], axis=-1)
+    loss = sum(
+        optax.softmax_cross_entropy_with_integer_labels(guess, answers[:, i]).mean()
+        for i, guess in enumerate(logits)
+    )
+    wrong = jnp.mean(jnp.stack([guess.argmax(-1) for guess in logits], -1) != answers)
+    return loss, wrong
+
+
+def train_text(steps: int = TEXT_STEPS):
+    """Trains the text encoder by reading captions back, far cheaper than by making videos of them."""
+    tokens, mask, _ = text_batch(0)
+    encoder = nn.meta.unbox(jax.jit(TextEncoder(TEXT_SIZES).init)(jax.random.key(0), tokens, mask))["params"]
+    reader = jnp.zeros((TEXT_SIZES.width, sum(CLASSES)))
+    params = {"encoder": encoder, "reader": reader}
+    train(params, optimiser(2e-3, steps), steps, text_batch, text_loss, "text")
+
+
+def store_latents(clips: int = CLIPS):
+    """Encodes clips, four of five of moving shapes, the fifth of textures, and stores them with captions."""
+    params = load_tree(RUNS / "vae.safetensors")
+    shape = (FRAMES, SIDE, SIDE)
+
+    @jax.jit
+    def encode(scene, keys):
+        textures = jax.vmap(lambda key: source.textures(key, *shape))(keys)
+        video = jnp.concatenate([source.moving_shapes(scene, *shape), textures])
+        return VAE(VAE_SIZES).apply({"params": params}, video, method="encode").astype(jnp.float16)
+
+    captions, began = [], time.time()
+    size = (clips, 1 + FRAMES // 4, SIDE // VAE_SIZES.spatial, SIDE // VAE_SIZES.spatial, LATENT)
+    store = np.lib.format.open_memmap(RUNS / "latents.npy", "w+", np.float16, size)
+    for i in range(0, clips, 20):
+        scene = source.scenes(np.random.default_rng((4, i)), 16)
+        store[i : i + 20] = encode(scene, jax.random.split(jax.random.fold_in(jax.random.key(4), i), 4))
+        captions += [source.caption(scene, j, full=(i + j) % 4 > 0) for j in range(16)]
+        captions += ["textures drift"] * 4
+        if i % 2000 == 1980:
+            print(f"latents {i + 20}/{clips} {time.time() - began:.0f} s", flush=True)
+    store.flush()
+    (RUNS / "captions.json").write_text(json.dumps(captions))
+
+
+def load_latents():
+    """The store [n f h w c], its captions as tokens and mask, and the mean and spread of each channel."""
+    store = np.load(RUNS / "latents.npy", mmap_mode="r")
+    sample = np.asarray(store[::7], np.float32)
+    tokens = byte_tokens(json.loads((RUNS / "captions.json").read_text()), TEXT_SIZES.length)
+    return store, tokens, sample.mean((0, 1, 2, 3)), sample.std((0, 1, 2, 3))
+
+
+def draw(key, batch: int, frames: int):
+    """Levels [b f]: PTSS at ½, shifted towards noise, and in half of the clips clean frames at either end."""
+    apart, coin, first, last = jax.random.split(key, 4)
+    level = levels.shifted(levels.ptss, SAMPLING["shift"])(apart, batch, frames, probability=0.5)
+    at, frame = jnp.arange(frames), (batch, 1)
+    head = jax.random.randint(first, frame, 0, 5)
+    tail = jnp.maximum(jax.random.randint(last, frame, -1, 3), 0)
+    kept = ((at < head) | (at >= frames - tail)) & jax.random.bernoulli(coin, 0.5, frame)
+    return jnp.where(kept, 0.0, level)
+
+
+def train_dit(steps: int = DIT_STEPS, batch: int = 32):
+    """Trains the transformer on the store of latents, the text encoder standing still."""
+    store, (tokens, mask), mean, std = load_latents()
+    encoder = load_tree(RUNS / "text.safetensors")["encoder"]
+
+    def dit_batch(step: int):
+        rng = np.random.default_rng((5, step))
+        chosen = np.sort(rng.choice(len(store), batch, replace=False))
+        told = rng.random((batch, 1)) > 0.1
+        nothing_said = byte_tokens([""], TEXT_SIZES.length)
+        words = [
+            np.where(told, part[chosen], none)
+            for part, none in zip((tokens, mask), nothing_said, strict=True)
+        ]
+        return (store[chosen].astype(np.float32) - mean) / std, *words
+
+    def dit_loss(params, data, key):
+        clean, tokens, mask = data
+        text = TextEncoder(TEXT_SIZES).apply({"params": encoder}, tokens, mask)
+        level_key, noise_key = jax.random.split(key)
+        level, noise = draw(level_key, *clean.shape[:2]), jax.random.normal(noise_key, clean.shape)
+        x = process.mix(process.flow, clean, noise, level)
+        said = DiT(DIT_SIZES).apply({"params": params}, x, process.flow.timestep(level), text)
+        error = jnp.mean(jnp.square(said - process.flow.target(clean, noise, level)), (2, 3, 4))
+        # Nothing can be learnt from clean frames: their noise cannot be seen.
+        error = jnp.sum(error * (level > 0)) / jnp.sum(level > 0)
+        return error, error
+
+    clean, *words = dit_batch(0)
+    text = jnp.zeros((1, TEXT_SIZES.length, TEXT_SIZES.width))
+    init = jax.jit(DiT(DIT_SIZES).init)(jax.random.key(0), clean[:1], jnp.zeros((1, clean.shape[1])), text)
+    params = nn.meta.unbox(init)["params"]
+    train(params, optimiser(1e-3, steps), steps, dit_batch, dit_loss, "dit")
+
+
+def pack():
+    """Puts the trained weights and their configs where the package carries them."""
+    *_, mean, std = load_latents()
+    vae = dataclasses.replace(VAE_SIZES, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
+    params = {name: load_tree(RUNS / f"{name}.safetensors") for name in ("vae", "text", "dit")}
+    params["text"] = params["text"]["encoder"]
+    model = Model({"vae": vae, "text": TEXT_SIZES, "dit": DIT_SIZES}, params)
+    save(Path("fvdm_jax/assets/tiny"), model, {"sampling": SAMPLING})
+
+
+STAGES = {"vae": train_vae, "text": train_text, "latents": store_latents, "dit": train_dit, "pack": pack}
 
 if __name__ == "__main__":
-    {"vae": train_vae}[sys.argv[1]](*map(int, sys.argv[2:]))
+    STAGES[sys.argv[1]](*map(int, sys.argv[2:]))

@@ -20,12 +20,16 @@ class Rule(NamedTuple):
 
 def dense(source: str, target: str, names: str = "o i -> i o") -> tuple[Rule, Rule]:
     """The rules of a linear layer or a convolution with a bias."""
-    return Rule(f"{source}.weight", f"{target}/kernel", names), Rule(f"{source}.bias", f"{target}/bias", "o -> o")
+    return Rule(f"{source}.weight", f"{target}/kernel", names), Rule(
+        f"{source}.bias", f"{target}/bias", "o -> o"
+    )
 
 
 def affine(source: str, target: str) -> tuple[Rule, Rule]:
     """The rules of a norm with scale and bias."""
-    return Rule(f"{source}.weight", f"{target}/scale", "d -> d"), Rule(f"{source}.bias", f"{target}/bias", "d -> d")
+    return Rule(f"{source}.weight", f"{target}/scale", "d -> d"), Rule(
+        f"{source}.bias", f"{target}/bias", "d -> d"
+    )
 
 
 def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> dict:
@@ -36,7 +40,9 @@ def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> 
     """
     found = {rule: _layers(rule, tensors) for rule in rules}
     used = [key for layers in found.values() for key in layers.values()]
-    absent = [rule.source for rule, layers in found.items() if sorted(layers) != list(range(max(len(layers), 1)))]
+    absent = [
+        rule.source for rule, layers in found.items() if sorted(layers) != list(range(max(len(layers), 1)))
+    ]
     unknown = sorted(set(tensors) - set(used))
     if absent or unknown:
         raise KeyError(f"rules without their tensors: {absent}; tensors without a rule: {unknown}")

@@ -7,18 +7,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax.models.dit import DiTConfig
-from fvdm_jax.models.text import TextConfig
-from fvdm_jax.models.vae import VAEConfig
+from fvdm_jax.models.dit import DiT, DiTConfig
+from fvdm_jax.models.text import TextConfig, TextEncoder
+from fvdm_jax.models.vae import VAE, VAEConfig
+from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 
 NETWORKS = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
 
 
 class Model(NamedTuple):
-    """Configs and parameters of the networks, by name (`dit`, `vae`, `text`), as one folder holds them."""
+    """Configs and parameters of the networks, by name (`dit`, `vae`, `text`), as one folder holds them.
+
+    The methods are the networks as functions of their parameters, to be compiled.
+    """
 
     configs: dict
     params: dict
+
+    def network(self, params: dict, x: Latents, timestep: Levels, text: TextStates) -> Latents:
+        """What the transformer says of x [b f h w c]."""
+        return DiT(self.configs["dit"]).apply({"params": params}, x, timestep, text)
+
+    def read(self, params: dict, tokens: Tokens, mask: Mask) -> TextStates:
+        """States [b l e] of tokens [b l]."""
+        return TextEncoder(self.configs["text"]).apply({"params": params}, tokens, mask)
+
+    def encode(self, params: dict, video: Video) -> Latents:
+        """Normalised latents [b f h w c] of pixels [b t H W 3]."""
+        return VAE(self.configs["vae"]).apply({"params": params}, video, method="encode")
+
+    def decode(self, params: dict, latents: Latents) -> Video:
+        """Pixels [b t H W 3] of normalised latents [b f h w c]."""
+        return VAE(self.configs["vae"]).apply({"params": params}, latents, method="decode")
 
 
 def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
@@ -27,7 +47,10 @@ def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
 
     flat = {key: np.asarray(x) for key, x in flatten(tree)}
     # A strided array is written wrong by some versions of the library, hence contiguous.
-    flat = {k: np.ascontiguousarray(x.astype(dtype) if dtype and x.dtype.kind == "f" else x) for k, x in flat.items()}
+    flat = {
+        k: np.ascontiguousarray(x.astype(dtype) if dtype and x.dtype.kind == "f" else x)
+        for k, x in flat.items()
+    }
     save_file(flat, path)
 
 

@@ -1,8 +1,9 @@
 """What a file of pictures is, and its pictures one by one, as upright RGB images.
 
 What a file is, is read from its first bytes; its name says nothing. Only the decoder of that one format is
-ever called, and nothing reaches the network or another file. Of an image: EXIF orientation and colour profile
-are applied, transparency lies on white, 16 bits are scaled to 8, an animated PNG or WebP gives its first frame.
+ever called, and nothing reaches the network or another file. Of an image: EXIF orientation and colour
+profile are applied, transparency lies on white, 16 bits are scaled to 8, an animated PNG or WebP gives its
+first frame.
 Of a clip: the frames in their order, whatever their times; an animated GIF is a clip.
 """
 
@@ -219,7 +220,7 @@ def _profiled(image):
 
 @contextlib.contextmanager
 def _demuxed(path, form: str):
-    """The container and its stream of pictures; protocol and format are fixed, hence no file names another."""
+    """The container and its stream of pictures; protocol and format are fixed, so no file names another."""
     import av
 
     name = "file:" + os.path.abspath(path)

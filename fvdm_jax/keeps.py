@@ -22,8 +22,8 @@ what --keep takes
   last=cat.png            ends with it; an image kept after frame 0 stands still for its four frames
   0=clip.mp4              begins as the clip begins    last=clip.mp4   ends as the clip ends
   0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
-  STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what follows
-                          the last colon, if that is a number.
+  STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what
+                          follows the last colon, if that is a number.
 A clip given without a range keeps as many frames as it has and as there is room for; all such clips together
 keep at most half of the video, so that something is left to generate. An animated GIF is a clip.
 """

@@ -233,7 +233,7 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Names to write in place of `paths`: when the block ends all become `paths`, when it raises none does.
 
     The names lie beside the outputs and keep their extensions; each must be written. What a killed run
-    left in those folders is removed first. Raises Refusal where the disk is full or the place cannot be written.
+    left in those folders is removed first. Raises Refusal where the disk is full or cannot be written.
     """
     targets = [Path(os.path.realpath(path)) for path in paths]
     drafts = tuple(_temporary(target) for target in targets)
@@ -259,7 +259,7 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 def check_output(path: Path, where: str, overwrite: bool) -> None:
-    """Raises Refusal, named `where`, unless a file can be made at `path`; only `overwrite` lets it replace one."""
+    """Raises Refusal, named `where`, unless a file can be made at `path`; `overwrite` lets it replace one."""
     try:
         with contextlib.suppress(FileNotFoundError):
             kind = os.stat(path).st_mode

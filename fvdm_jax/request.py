@@ -34,7 +34,7 @@ class ModelSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A video to be sampled; None: as the model has it. Complete, and with its `keeps`, once `validate` made it.
+    """A video to be sampled; None: as the model has it. Complete, with its `keeps`, once `validate` made it.
 
     frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given.
     """
@@ -144,7 +144,7 @@ def sizes(folder: Path) -> ModelSizes:
 
 
 def validate(request: Request, model: ModelSizes) -> Request:
-    """The Request completed from the model's settings, with its keeps placed. Raises Refusal; changes nothing.
+    """The Request completed from the model's settings, its keeps placed. Raises Refusal; changes nothing.
 
     In this order: values, files (images whole, clips by their header), and that the outputs can be written.
     """

@@ -55,7 +55,7 @@ def _check_pixels(pixels: np.ndarray) -> None:
 
 
 def write_mp4(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> None:
-    """Writes uint8 [t H W 3] (even sides) as H.264, yuv420p in BT.709, crf 16, header first, with a comment."""
+    """Writes uint8 [t H W 3] (even sides) as H.264, yuv420p in BT.709, crf 16, header first, a comment."""
     import av
     from av.video.reformatter import ColorRange, Colorspace, Interpolation
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-
 from fvdm_jax.convert import convert, wan
+
 from fvdm_jax.models.dit import SIZES, DiT, DiTConfig, Extra, abstract
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,7 +113,9 @@ def test_published_sizes_have_their_number_of_parameters(size, parameters):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_axis_of_every_parameter_has_a_logical_name(size):
-    boxes = jax.tree.leaves(abstract(SIZES[size]), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    boxes = jax.tree.leaves(
+        abstract(SIZES[size]), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
     for box in boxes:
         assert isinstance(box, nn.LogicallyPartitioned)
         assert len(box.names) == box.value.ndim and any(box.names), box

@@ -44,7 +44,9 @@ def test_rotation_sees_only_relative_positions():
     table = rope_table((5, 4, 3), 128)
     scores = jnp.einsum("nk,mk->nm", rotate(q, table)[0, :, 0], rotate(k, table)[0, :, 0])
     scores = np.asarray(scores).reshape(5, 4, 3, 5, 4, 3)
-    np.testing.assert_allclose(scores[1:, 1:, 1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-4)
+    np.testing.assert_allclose(
+        scores[1:, 1:, 1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-4
+    )
 
 
 def test_layer_norm_has_unit_variance():
@@ -57,7 +59,9 @@ def test_layer_norm_has_unit_variance():
 # Relative L2; bfloat16 has 8 bits of significand.
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-6), ("bfloat16", 1e-2)])
 def test_an_adapter_is_the_merged_kernel(dtype, bound):
-    x, a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(5, 8), (8, 2), (2, 6)]))
+    x, a, b = (
+        jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(5, 8), (8, 2), (2, 6)])
+    )
     layer = Dense(6, dtype=dtype)
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(3), x))["params"]
 

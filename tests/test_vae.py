@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-
 from fvdm_jax.convert import convert, wan
+
 from fvdm_jax.models.vae import SIZES, VAE, VAEConfig
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "vae21.npz")
@@ -71,4 +71,6 @@ def test_a_vae_with_shortcuts_begins_on_any_clip(frames):
     config = VAEConfig(4, 4, 4, (0.0,) * 4, (1.0,) * 4, (1, 2, 2), (True, True), 1, 2, True)
     shapes = jax.eval_shape(VAE(config).init, jax.random.key(0), jnp.zeros((1, frames, 16, 16, 3)))
     other = jax.eval_shape(VAE(config).init, jax.random.key(0), jnp.zeros((1, 9, 16, 16, 3)))
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape, nn.meta.unbox(shapes), nn.meta.unbox(other)))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: a.shape == b.shape, nn.meta.unbox(shapes), nn.meta.unbox(other))
+    )

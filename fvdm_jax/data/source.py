@@ -1,4 +1,4 @@
-"""Clips made on the fly: moving shapes with their captions, and textured clips with a photograph's statistics.
+"""Clips made on the fly: moving shapes with their captions, and textures with a photograph's statistics.
 
 Both are drawn by arithmetic alone, so that a model can be trained and tested without any file.
 """
@@ -56,8 +56,8 @@ def scenes(rng: np.random.Generator, count: int) -> Scene:
     return Scene(*words, np.clip(start, 0.1, 0.9), rng.integers(2**31, size=count))
 
 
-def caption(scene: Scene, i: int) -> str:
-    """What scene `i` of the batch shows, in the words of the tables."""
+def caption(scene: Scene, i: int, full: bool = True) -> str:
+    """What scene `i` of the batch shows, in the words of the tables; not `full`: without the background."""
 
     def word(table, index) -> str:
         return list(table)[index[i]]
@@ -66,7 +66,8 @@ def caption(scene: Scene, i: int) -> str:
     motion = ("moves", word(DIRECTIONS, scene.direction), word(SPEEDS, scene.speed))
     ending = ("and bounces",) if _bounces(scene)[i] else ()
     place = ("on a", word(BACKGROUNDS, scene.background), word(TONES, scene.tone), "background")
-    return " ".join(w for w in ("a", *adjectives, word(SHAPES, scene.shape), *motion, *ending, *place) if w)
+    words = ("a", *adjectives, word(SHAPES, scene.shape), *motion, *ending, *(place if full else ()))
+    return " ".join(w for w in words if w)
 
 
 def _travel(scene: Scene):
@@ -145,11 +146,15 @@ def cloud(key: PRNGKeyArray, height: int, width: int, slope: float = 1.6) -> Flo
     """Noise whose amplitude falls as 1/frequency^slope, as a photograph's does; unit variance."""
     fy, fx = jnp.fft.fftfreq(height)[:, None], jnp.fft.rfftfreq(width)[None]
     amplitude = (jnp.hypot(fx, fy) + 1 / max(height, width)) ** -slope
-    noise = jnp.fft.irfft2(jnp.fft.rfft2(jax.random.normal(key, (height, width))) * amplitude, (height, width))
+    noise = jnp.fft.irfft2(
+        jnp.fft.rfft2(jax.random.normal(key, (height, width))) * amplitude, (height, width)
+    )
     return (noise - noise.mean()) / (noise.std() + 1e-6)
 
 
-def textures(key: PRNGKeyArray, frames: int, height: int, width: int, leaves: int = 40) -> Float[Array, "t H W 3"]:
+def textures(
+    key: PRNGKeyArray, frames: int, height: int, width: int, leaves: int = 40
+) -> Float[Array, "t H W 3"]:
     """A clip with a photograph's statistics: drifting opaque leaves of all sizes, textured and shaded.
 
     The dead-leaves model (Lee, Mumford and Huang 2001): radii by a power law, each leaf hiding those

@@ -39,4 +39,6 @@ def attention(q: Heads, k: Heads, v: Heads, implementation: str = "auto") -> Hea
         out = IMPLEMENTATIONS[name](q, k, v)
         if out is not None:
             return out
-    raise ValueError(f"attention {implementation!r} does not take {q.dtype}{list(q.shape)} on this backend; use 'auto'")
+    raise ValueError(
+        f"attention {implementation!r} does not take {q.dtype}{list(q.shape)} on this backend; use 'auto'"
+    )

@@ -65,6 +65,9 @@ class Extra(NamedTuple):
     image: Float[Array, "b n e"] | None = None
 
 
+NO_EXTRA = Extra()
+
+
 class Attention(nn.Module):
     """Wan's attention: q and k normalised over the full width before the heads are split.
 
@@ -190,7 +193,9 @@ class Head(nn.Module):
         shift, scale = split_modulation(table, rearrange(embedded, "b f d -> b f 1 d"))
         x = (layer_norm(x) * (1 + scale) + shift).astype(c.dtype)
         init = nn.initializers.zeros
-        return Dense(PATCH * PATCH * c.channels_out, ("embed", "patch"), c.dtype, initializer=init, name="out")(x)
+        return Dense(
+            PATCH * PATCH * c.channels_out, ("embed", "patch"), c.dtype, initializer=init, name="out"
+        )(x)
 
 
 class DiT(nn.Module):
@@ -205,7 +210,7 @@ class DiT(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Latents, timestep: Levels, text: TextStates, extra: Extra = Extra()) -> Latents:
+    def __call__(self, x: Latents, timestep: Levels, text: TextStates, extra: Extra = NO_EXTRA) -> Latents:
         c = self.config
         if extra.channels is not None:
             x = jnp.concatenate([x, extra.channels], axis=-1)

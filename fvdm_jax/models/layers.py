@@ -39,9 +39,9 @@ class Dense(nn.Module):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
         if self.bias:
-            y = y + self.param(
-                "bias", named(nn.initializers.zeros, self.names[-1]), (self.features,)
-            ).astype(self.dtype)
+            y = y + self.param("bias", named(nn.initializers.zeros, self.names[-1]), (self.features,)).astype(
+                self.dtype
+            )
         return y
 
 
@@ -114,7 +114,7 @@ def sinusoid(timestep: Float[Array, "..."], width: int) -> Float[Array, "... d"]
 
 
 def rope_angles(positions: int, width: int) -> np.ndarray:
-    """Angles [positions, width/2] of rotary embedding on one axis, float64 on the host: p·10000^(−2i/width)."""
+    """Angles [positions, width/2] of rotary embedding on one axis, float64 on the host: p·θ^(−2i/width)."""
     return np.outer(np.arange(positions), 10000.0 ** (-np.arange(0, width, 2) / width))
 
 
@@ -135,7 +135,7 @@ def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Array, Array]:
             jnp.broadcast_to(
                 rearrange(jnp.asarray(function(rope_angles(n, k)), jnp.float32), pattern), (f, h, w, k // 2)
             )
-            for n, k, pattern in zip(grid, widths, patterns)
+            for n, k, pattern in zip(grid, widths, patterns, strict=True)
         ]
         return rearrange(jnp.concatenate(axes, -1), "f h w k -> (f h w) k")
 

@@ -13,7 +13,7 @@ from fvdm_jax.shapes import Mask, TextStates, Tokens
 
 BUCKETS = 32
 FARTHEST = 128
-"""Relative positions are told apart exactly up to a quarter of the buckets, then ever more coarsely to this."""
+"""Relative positions are told apart exactly up to a quarter of the buckets, then more coarsely to this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +55,18 @@ class SelfAttention(nn.Module):
             y = Dense(inner, ("embed", "heads"), c.dtype, bias=False, name=name)(x)
             return rearrange(y, "b n (a k) -> b n a k", a=c.heads)
 
-        table = self.param("positions", named(nn.initializers.normal(0.02), None, "heads"), (BUCKETS, c.heads))
+        table = self.param(
+            "positions", named(nn.initializers.normal(0.02), None, "heads"), (BUCKETS, c.heads)
+        )
         scores = jnp.einsum(
             "b n a k, b m a k -> b a n m", heads("q"), heads("k"), preferred_element_type=jnp.float32
         )
         scores = scores + rearrange(table.astype(jnp.float32)[buckets], "n m a -> a n m")
         scores = jnp.where(rearrange(mask, "b m -> b 1 1 m"), scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        out = rearrange(jnp.einsum("b a n m, b m a k -> b n a k", weights, heads("v")), "b n a k -> b n (a k)")
+        out = rearrange(
+            jnp.einsum("b a n m, b m a k -> b n a k", weights, heads("v")), "b n a k -> b n (a k)"
+        )
         return Dense(c.width, ("heads", "embed"), c.dtype, bias=False, name="o")(out)
 
 
@@ -78,7 +82,9 @@ class Layer(nn.Module):
         y = RMSNorm(name="norm_ffn")(x)
         gate = Dense(c.ffn, ("embed", "mlp"), c.dtype, bias=False, name="gate")(y)
         up = Dense(c.ffn, ("embed", "mlp"), c.dtype, bias=False, name="up")(y)
-        return x + Dense(c.width, ("mlp", "embed"), c.dtype, bias=False, name="down")(nn.gelu(gate) * up), None
+        return x + Dense(c.width, ("mlp", "embed"), c.dtype, bias=False, name="down")(
+            nn.gelu(gate) * up
+        ), None
 
 
 class TextEncoder(nn.Module):

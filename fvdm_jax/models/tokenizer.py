@@ -14,7 +14,7 @@ def byte_tokens(prompts: list[str], length: int) -> tuple[np.ndarray, np.ndarray
     A prompt longer than length − 1 bytes is cut there; `byte_length` says whether it is.
     """
     tokens = np.full((len(prompts), length), PAD, np.int32)
-    for row, prompt in zip(tokens, prompts):
+    for row, prompt in zip(tokens, prompts, strict=True):
         ids = [byte + OFFSET for byte in prompt.encode()[: length - 1]] + [END]
         row[: len(ids)] = ids
     return tokens, tokens != PAD

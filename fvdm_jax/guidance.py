@@ -1,0 +1,45 @@
+"""From a network to a denoiser: what it is told, and how strongly it is made to listen."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from fvdm_jax.process import Prediction, Process
+from fvdm_jax.samplers import Denoiser
+from fvdm_jax.shapes import Latents, Levels, TextStates
+
+Apply = Callable[..., Latents]
+"""A network with its parameters: (x, timestep, text) → output, and `extra` after them where it takes one."""
+
+
+def guided(
+    process: Process,
+    apply: Apply,
+    text: TextStates,
+    negative: TextStates | None = None,
+    scale: float | jax.Array = 1.0,
+    extra=None,
+) -> Denoiser:
+    """A denoiser that says what the network says of `text`, taken `scale` times as far from `negative`.
+
+    output = negative + scale·(text − negative), both asked in one batch; without `negative` only `text` is
+    asked and `scale` is not used. `text`, `negative` [b l e] and `scale` may be traced; `extra`, whatever the
+    network takes beside text, is the same for both. Source: Ho and Salimans 2022 (arXiv 2207.12598), in the
+    form of Wan, where scale 1 is no guidance.
+    """
+    others = () if extra is None else (extra,)
+
+    def denoise(x: Latents, level: Levels) -> Prediction:
+        timestep = process.timestep(level)
+        if negative is None:
+            return process.read(x, apply(x, timestep, text, *others), level)
+        both = apply(*_twice((x, timestep)), jnp.concatenate([negative, text]), *_twice(others))
+        without, said = jnp.split(both, 2)
+        return process.read(x, without + scale * (said - without), level)
+
+    return denoise
+
+
+def _twice(tree):
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), tree)

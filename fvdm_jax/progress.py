@@ -1,0 +1,68 @@
+"""What a program is doing, shown while it does it, and how long each part took."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Stages:
+    """The named stages of one run, shown on standard error; `seconds` has the wall time of each.
+
+    A stage that is entered again goes on where it was. On a terminal the lines live; elsewhere they are
+    written once, when the run ends.
+    """
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+
+        stages = self
+
+        class Seconds(ProgressColumn):
+            def render(self, task):
+                return f"{stages._elapsed(task.description):6.1f} s"
+
+        columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<8}"), Seconds())
+        bar = (BarColumn(24), TextColumn("{task.fields[steps]}"))
+        self.seconds: dict[str, float] = {}
+        self._progress = Progress(*columns, *bar, console=Console(stderr=True))
+        self._tasks: dict = {}
+        self._running: tuple[str, float] | None = None
+
+    def __enter__(self) -> "Stages":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self._progress.stop()
+
+    def _elapsed(self, name: str) -> float:
+        before = self.seconds.get(name, 0.0)
+        if self._running and self._running[0] == name:
+            return before + time.perf_counter() - self._running[1]
+        return before
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """The stage of this name, until the block ends."""
+        if name not in self._tasks:
+            self.expect(name, None)
+        self._running = name, time.perf_counter()
+        try:
+            yield
+            total = self._progress.tasks[self._tasks[name]].total or 1
+            self._progress.update(self._tasks[name], total=total, completed=total)
+        finally:
+            self.seconds[name] = self._elapsed(name)
+            self._running = None
+
+    def expect(self, name: str, steps: int | None) -> None:
+        """Says that the stage of this name takes so many steps, each of which will be told by `step`."""
+        self._tasks[name] = self._progress.add_task(name, total=steps, steps="")
+
+    def step(self) -> None:
+        """One step of the running stage begins."""
+        if self._running:
+            task = self._progress.tasks[self._tasks[self._running[0]]]
+            done, total = int(task.completed) + 1, int(task.total or 0)
+            self._progress.update(task.id, completed=done, steps=f"step {done} of {total}")
