@@ -5,14 +5,22 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
+from fvdm_jax.models import dit, text, vae
 from fvdm_jax.models.dit import DiT, DiTConfig
 from fvdm_jax.models.text import TextConfig, TextEncoder
 from fvdm_jax.models.vae import VAE, VAEConfig
+from fvdm_jax.program import Refusal
 from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 
-NETWORKS = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
+NETWORKS = {
+    "dit": (DiTConfig, dit.abstract),
+    "vae": (VAEConfig, vae.abstract),
+    "text": (TextConfig, text.abstract),
+}
+"""The networks of a model: what configures each, and its parameters as shapes."""
 
 
 class Model(NamedTuple):
@@ -55,11 +63,19 @@ def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
 
 
 def load_tree(path: Path) -> dict:
-    """The nested tree of `save_tree`, as float32 where it was stored narrower."""
+    """The nested tree of `save_tree`, as float32 where it was stored narrower.
+
+    Raises Refusal, named `path`, where the file is not whole.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError) as broken:
+        raise Refusal(path, f"is not a whole safetensors file ({broken})", "copy it again") from broken
     tree: dict = {}
-    for key, array in load_file(path).items():
+    for key, array in arrays.items():
         *parents, leaf = key.split("/")
         node = tree
         for parent in parents:
@@ -78,15 +94,36 @@ def flatten(tree: dict, prefix: str = ""):
 
 
 def load(folder: Path) -> Model:
-    """The model of a folder: `config.json` with a config for each network, and its NAME.safetensors."""
-    stored = json.loads((folder / "config.json").read_text())
-    configs = {name: configure(NETWORKS[name], stored[name]) for name in NETWORKS}
-    return Model(configs, {name: load_tree(folder / f"{name}.safetensors") for name in NETWORKS})
+    """The model of a folder: `config.json` with a config for each network, and its NAME.safetensors.
+
+    Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
+    """
+    stored = json.loads((folder / "config.json").read_text("utf-8"))
+    model = Model({}, {})
+    for name, (kind, abstract) in NETWORKS.items():
+        model.configs[name] = _configured(folder / "config.json", name, kind, stored)
+        path = folder / f"{name}.safetensors"
+        model.params[name] = load_tree(path)
+        _check(path, model.params[name], abstract(model.configs[name]))
+    return model
 
 
-def configure(kind: type, fields: dict):
-    """A config of this kind from plain JSON; TypeError on a field that it does not have."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+def _configured(path: Path, name: str, kind: type, stored: dict):
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()})
+    except (KeyError, TypeError, AttributeError) as wrong:
+        names = ", ".join(field.name for field in dataclasses.fields(kind))
+        raise Refusal(path, f"does not describe {name}: {wrong}", f"its fields are {names}") from wrong
+
+
+def _check(path: Path, params: dict, expected: dict) -> None:
+    """Raises Refusal unless the arrays have the names and shapes that the network expects."""
+    found = {key: array.shape for key, array in flatten(params)}
+    wanted = {key: array.shape for key, array in flatten(nn.meta.unbox(expected))}
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            what = f"{key} is {found.get(key, 'absent')}, and of its config {wanted.get(key, 'no part')}"
+            raise Refusal(path, what, "config.json and this file must be of one model")
 
 
 def save(folder: Path, model: Model, extra: dict, dtype: str = "float16") -> None:

@@ -86,7 +86,7 @@ def pictures(path: str | os.PathLike) -> Iterator[Iterator]:
 
 def _sniff(path) -> tuple[str, str]:
     name = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) or name.startswith("\\\\"):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name) or name.startswith("\\\\"):
         raise Refusal(path, "is an address on a network", "download it and give the file")
     try:
         mode = os.stat(name).st_mode

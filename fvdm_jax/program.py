@@ -167,7 +167,7 @@ def _watch(reader: socket.socket, done: threading.Event) -> None:
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit code of `main(argv)`, its failures reported as the contract has it; argv: sys.argv's.
 
-    A program ends with `sys.exit(run(main))`.
+    A program ends with `leave(run(main))`.
     """
     _harden_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -189,6 +189,14 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         code = 1
     sys.stdout.flush()
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; when it was stopped at once, without waiting for what the device still computes."""
+    if code == 130:
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _temporary(path: Path) -> Path:

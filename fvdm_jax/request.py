@@ -15,6 +15,7 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
 SOLVERS = ("unipc", "dpm++", "euler")
 SPACINGS = ("wan", "pusa", "ddpm")
+WEIGHTS = ("dit.safetensors", "vae.safetensors", "text.safetensors")
 MULTIPLE = 16
 """What the sides of a video are multiples of, in pixels."""
 
@@ -132,8 +133,10 @@ def sizes(folder: Path) -> ModelSizes:
     """What the config.json of a model's folder says of sampling. Raises Refusal, named --model."""
     config = folder / "config.json"
     try:
-        sampling = json.loads(config.read_text("utf-8"))["sampling"]
-        return ModelSizes(config, dict(sampling))
+        sampling = dict(json.loads(config.read_text("utf-8"))["sampling"])
+        if absent := [name for name in WEIGHTS if not (folder / name).is_file()]:
+            raise Refusal("--model", f"{folder} has no {absent[0]}", "give a folder with all its files")
+        return ModelSizes(config, sampling)
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"
     except (KeyError, TypeError):
@@ -162,6 +165,9 @@ def validate(request: Request, model: ModelSizes) -> Request:
 
 def _filled(request: Request, model: ModelSizes) -> tuple[Request, dict[str, str]]:
     """The Request without a None, and for each setting what to call it in a refusal."""
+    if request.keep and request.prompt is None:
+        # The model's example tells of a video of its own, not of what was given.
+        request = dataclasses.replace(request, prompt="")
     names = [field.name for field in dataclasses.fields(Request) if field.default is None]
     if strange := sorted(set(model.sampling) - set(names)):
         raise Refusal(

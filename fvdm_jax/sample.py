@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fvdm_jax.program import outputs, run
+import fvdm_jax
+from fvdm_jax.program import leave, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, explain, parse, picture
 
@@ -46,7 +47,7 @@ def generate(request: Request, stages: Stages):
     height, width = (side // vae.spatial for side in request.size)
     shape = (1, request.latent_frames, height, width, vae.latent)
 
-    text, negative = _read_prompts(model, request, stages)
+    prompts = _read_prompts(model, request, stages)
     task = tasks.text_to_video(shape)
     for keep in request.keeps:
         with stages("read"):
@@ -54,7 +55,7 @@ def generate(request: Request, stages: Stages):
         latents = _call(stages, "encode", model.encode, model.params["vae"], clip)
         task = task.keep(latents, keep.first, keep.strength)
 
-    latents = _denoise(model, request, stages, task, (text, negative))
+    latents = _denoise(model, request, stages, task, prompts)
     decoded = _call(stages, "decode", model.decode, model.params["vae"], latents)
     return video.to_pixels(decoded)[0], jax.devices()[0].device_kind
 
@@ -81,7 +82,7 @@ def _read_prompts(model, request: Request, stages: Stages):
     return states[:1], states[1:]
 
 
-def _denoise(model, request: Request, stages: Stages, task, text):
+def _denoise(model, request: Request, stages: Stages, task, prompts):
     import jax
     import jax.numpy as jnp
 
@@ -96,7 +97,8 @@ def _denoise(model, request: Request, stages: Stages, task, text):
     # A program that reports its steps cannot be kept in the compilation cache, so short ones do not.
     watched = 2.0 * weights * tokens * calls > LONG
 
-    def program(params, text, negative, scale, noise, canvas, rows):
+    def program(params, prompts, scale, noise, canvas, rows):
+        text, negative = prompts
         apply = partial(network, params)
         denoise = guided(flow, apply, text, None if request.guidance == 1 else negative, scale)
 
@@ -107,7 +109,7 @@ def _denoise(model, request: Request, stages: Stages, task, text):
         return sample(flow, reporting if watched else denoise, SAMPLERS[request.solver], noise, canvas, rows)
 
     noise = jax.random.normal(_key(request.seed), task.canvas.shape)
-    inputs = (*text, jnp.float32(request.guidance), noise, task.canvas, rows)
+    inputs = (prompts, jnp.float32(request.guidance), noise, task.canvas, rows)
     if watched:
         stages.expect("denoise", len(rows) - 1)
     return _call(stages, "denoise", program, model.params["dit"], *inputs)
@@ -153,13 +155,14 @@ def _write(request: Request, drafts: tuple[Path, ...], pixels) -> None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("fvdm_jax", "jax", "jaxlib", "flax", "numpy", "av")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    packages = ("jax", "jaxlib", "flax", "numpy", "av")
+    ours = {"fvdm_jax": fvdm_jax.__version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in packages}
 
 
 def cli() -> None:
     """The program, as `python -m fvdm_jax.sample` and as `fvdm-sample`."""
-    sys.exit(run(main))
+    leave(run(main))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from fvdm_jax.convert import convert, wan
 
+from convert import convert, wan
 from fvdm_jax.models.dit import SIZES, DiT, DiTConfig, Extra, abstract
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -245,7 +245,7 @@ def _scanned(config: DiTConfig):
 
 
 def abstract(config: DiTConfig):
-    """The parameters of the network as shapes with logical axis names, without allocating any of them."""
+    """The parameters of the network as shapes with logical axis names; none is allocated."""
     x = jnp.zeros((1, 1, PATCH, PATCH, config.channels_out))
     text = jnp.zeros((1, 1, config.text_width))
     extra = Extra(

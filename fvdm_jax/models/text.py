@@ -113,3 +113,9 @@ class TextEncoder(nn.Module):
         x, _ = layers(c, name="layers")(x, mask, relative_buckets(tokens.shape[1]))
         x = RMSNorm(name="norm")(x).astype(jnp.float32)
         return x * mask[..., None].astype(jnp.float32)
+
+
+def abstract(config: TextConfig):
+    """The parameters of the encoder as shapes with logical axis names; none is allocated."""
+    tokens, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    return jax.eval_shape(TextEncoder(config).init, jax.random.key(0), tokens, mask)["params"]

@@ -307,3 +307,9 @@ class VAE(nn.Module):
 
     def __call__(self, video: Video) -> Video:
         return self.decode(self.encode(video))
+
+
+def abstract(config: VAEConfig):
+    """The parameters of the network as shapes with logical axis names; none is allocated."""
+    image = jnp.zeros((1, 1, config.spatial, config.spatial, 3))
+    return jax.eval_shape(VAE(config).init, jax.random.key(0), image)["params"]

@@ -1,0 +1,155 @@
+"""The house: who may import whom, what is packaged, which flags there are, what the documents list."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# A module imports only from lower floors; within a floor, only from those named before it on its line.
+FLOORS = {
+    7: "sample",
+    6: "guidance checkpoint",
+    5: "samplers",
+    4: "models.dit models.vae models.text",
+    3: "kernels.attention models.layers",
+    2: "program progress decode video keeps request"
+    " process schedule tasks levels models.tokenizer data.source",
+    1: "shapes",
+}
+PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}
+MATHEMATICS = ("process", "schedule", "tasks", "levels", "samplers")
+MODULES = {
+    ".".join(path.relative_to(ROOT / "fvdm_jax").with_suffix("").parts): path
+    for path in sorted((ROOT / "fvdm_jax").rglob("*.py"))
+    if path.stem != "__init__"
+}
+SOURCES = [p for d in ("fvdm_jax", "convert", "configs", "tests") for p in sorted((ROOT / d).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in it; of `from a import b` both a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_floor():
+    assert set(PLACE) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_lower_floors(module):
+    ours = {name.removeprefix("fvdm_jax.") for name in imports(MODULES[module])} & set(PLACE)
+    higher = [name for name in ours if PLACE[name] >= PLACE[module] and name != module]
+    same = [n for n in higher if PLACE[n][0] == PLACE[module][0] and PLACE[n][1] < PLACE[module][1]]
+    assert not set(higher) - set(same), f"{module} on floor {PLACE[module][0]} imports {higher}"
+
+
+@pytest.mark.parametrize("module", MATHEMATICS)
+def test_the_mathematics_knows_no_network(module):
+    assert not [name for name in imports(MODULES[module]) if name.split(".")[0] == "flax"]
+
+
+def test_nothing_in_the_library_imports_the_converter():
+    for path in MODULES.values():
+        assert not [name for name in imports(path) if re.match(r"(fvdm_jax\.)?convert\b", name)], path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_imports_what_is_no_dependency(path):
+    foreign = {"torch", "diffusers", "transformers", "tensorflow", "pickle"}
+    assert not foreign & {name.split(".")[0] for name in imports(path)}
+    assert not [name for name in imports(path) if name.startswith("flax.nnx")]
+
+
+def test_files_and_functions_stay_small():
+    for path in SOURCES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 350, f"{path} is too long; a noun is missing"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                arguments = [
+                    a for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")
+                ]
+                assert length <= 60 and len(arguments) <= 6 + path.parts.count("tests"), (
+                    f"{path}: {node.name}"
+                )
+
+
+def test_the_package_list_is_what_is_on_disk():
+    on_disk = {"fvdm_jax.convert"} | {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fvdm_jax").rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    declared = {re.match(r"[\w-]+", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
+    names = {"PIL": "pillow", "orbax": "orbax-checkpoint"}
+    for path in MODULES.values():
+        for root in (
+            {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - {"fvdm_jax"}
+        ):
+            assert names.get(root, root).lower() in declared | {"numpy"}, f"{path} imports {root}"
+
+
+def test_the_readme_explains_every_dependency_and_lists_every_file():
+    readme = (ROOT / "README.md").read_text()
+    for line in PROJECT["project"]["dependencies"]:
+        name = re.match(r"[\w-]+", line)[0]
+        assert f"| {name} |" in readme
+    listed = set(re.findall(r"^\| `([\w./-]+\.py)` \|", readme, re.MULTILINE))
+    on_disk = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if path.stem != "__init__" and "tests" not in path.relative_to(ROOT).parts
+    }
+    assert listed == on_disk
+
+
+def test_nothing_else_lies_at_the_top():
+    shown = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if shown.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in shown.stdout.splitlines()}
+    allowed = {"fvdm_jax", "convert", "configs", "tests", "pyproject.toml", "README.md"}
+    assert {name for name in top - allowed if not name.startswith(".")} == {"LICENSE", "requirements.lock"}
+
+
+def test_the_lock_has_hashes_and_names_no_host():
+    lock = (ROOT / "requirements.lock").read_text()
+    pins = re.findall(r"^([\w.-]+(?:\[[\w,]+\])?)==\S+", lock, re.MULTILINE)
+    assert len(pins) > 20 and "://" not in lock
+    for block in re.split(r"\n(?=\S)", lock):
+        if "==" in block and not block.startswith("#"):
+            assert "--hash=sha256:" in block, block.splitlines()[0]
+
+
+def test_the_flags_are_those_agreed():
+    """A flag is a promise; adding, renaming or removing one changes this list first."""
+    from fvdm_jax.request import parser
+
+    assert sorted(parser()._option_string_actions) == sorted(
+        "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
+        " --seed --fps --model --out --overwrite --explain".split()
+    )
+
+
+def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
+    from fvdm_jax.request import SOLVERS, SPACINGS
+    from fvdm_jax.samplers import SAMPLERS
+    from fvdm_jax.schedule import SPACINGS as TABLES
+
+    assert set(SOLVERS) == set(SAMPLERS) and set(SPACINGS) == set(TABLES)

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from convert import Rule, convert
+
+RULES = [
+    Rule("blocks.*.fc.weight", "blocks/fc/kernel", "o i -> i o"),
+    Rule("head.weight", "head/kernel", "o (c p) -> p c o"),
+]
+TENSORS = {f"blocks.{i}.fc.weight": np.full((2, 3), i, np.float32) for i in range(11)} | {
+    "head.weight": np.arange(12, dtype=np.float32).reshape(2, 6)
+}
+
+
+def test_every_tensor_goes_where_its_rule_says_and_layers_are_stacked_by_number():
+    tree = convert(RULES, TENSORS, p=2)
+    assert tree["blocks"]["fc"]["kernel"].shape == (11, 3, 2)
+    assert tree["blocks"]["fc"]["kernel"][:, 0, 0].tolist() == list(range(11))
+    assert tree["head"]["kernel"].shape == (2, 3, 2) and tree["head"]["kernel"][1, 0, 0] == 1
+
+
+def test_a_tensor_without_a_rule_is_named():
+    with pytest.raises(KeyError, match=r"tensors without a rule: \['blocks.0.odd'\]"):
+        convert(RULES, TENSORS | {"blocks.0.odd": np.zeros(1)}, p=2)
+
+
+@pytest.mark.parametrize("key", ["head.weight", "blocks.4.fc.weight"])
+def test_a_rule_without_its_tensor_and_a_missing_layer_are_named(key):
+    rest = {name: tensor for name, tensor in TENSORS.items() if name != key}
+    with pytest.raises(
+        KeyError, match=r"rules without their tensors: \['(head.weight|blocks.\*.fc.weight)'\]"
+    ):
+        convert(RULES, rest, p=2)
+
+
+def test_what_comes_out_is_contiguous():
+    """A strided array is stored wrong by some versions of safetensors."""
+    tree = convert(RULES, TENSORS, p=2)
+    for kernel in (tree["blocks"]["fc"]["kernel"], tree["head"]["kernel"]):
+        assert kernel.flags["C_CONTIGUOUS"]

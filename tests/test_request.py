@@ -1,0 +1,201 @@
+"""What a user may ask for, and how everything else is refused."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fvdm_jax import video
+from fvdm_jax.program import Refusal
+from fvdm_jax.request import explain, parse, picture
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLING = {
+    "prompt": "a red circle", "negative": "", "frames": 33, "size": [64, 64], "steps": 20, "solver": "unipc",
+    "spacing": "wan", "shift": 3.0, "guidance": 3.0, "fps": 16,
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a model's settings, two images and two clips, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps({"sampling": SAMPLING}))
+    for name in ("dit", "vae", "text"):
+        Path(f"model/{name}.safetensors").write_bytes(b"")
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 32, 48, 3), dtype=np.uint8)
+    from PIL import Image
+
+    for name in ("a.png", "b.jpg", "odd:0.5.png"):
+        Image.fromarray(pixels[0]).save(name)
+    video.write_mp4(Path("short.mp4"), pixels[:9], 16)
+    video.write_mp4(Path("long.mp4"), pixels, 16)
+    Path("notes.txt").write_text("hello")
+    return tmp_path
+
+
+def ask(*argv: str):
+    return parse(["--model", "model", *argv])
+
+
+def test_a_video_without_flags_is_as_the_model_has_it(place):
+    request = ask()
+    assert request.prompt == "a red circle" and request.size == (64, 64) and request.frames == 33
+    assert request.latent_frames == 9 and request.strength == [1.0] * 9
+    assert [path.name for path in request.outputs] == ["fvdm.mp4", "fvdm.png", "fvdm.json"]
+
+
+def test_flags_go_before_the_model(place):
+    request = ask(
+        "--steps", "4", "--size", "32x48", "--solver", "dpm++", "--seed", str(2**64 - 1), "--prompt="
+    )
+    assert (request.steps, request.size, request.solver, request.prompt) == (4, (32, 48), "dpm++", "")
+    assert request.seed == 2**64 - 1 and json.dumps(request.settings)
+
+
+def test_the_models_example_is_not_told_of_files_that_are_kept(place):
+    assert ask("--keep", "0=a.png").prompt == ""
+    assert ask("--keep", "0=a.png", "--prompt", "a cat").prompt == "a cat"
+
+
+KEPT = {
+    "an image": (["0=a.png"], "0········"),
+    "the last": (["last=b.jpg"], "········0"),
+    "loosened": (["3=a.png:0.3"], "···3·····"),
+    "ignored": (["3=a.png:1"], "·········"),
+    "start and end": (["last=b.jpg:0.5", "0=a.png"], "0·······5"),
+    "a colon in the name": (["0=odd:0.5.png"], "0········"),
+    "a clip": (["0=short.mp4"], "000······"),
+    "a clip at the end": (["last=short.mp4:0.25"], "······222"),
+    "a long clip takes half": (["0=long.mp4"], "00000····"),
+    "two long clips a quarter each": (["0=long.mp4", "last=long.mp4"], "000···000"),
+    "a range": (["0-6=long.mp4"], "0000000··"),
+    "a range to the last": (["7-last=short.mp4"], "·······00"),
+    "completion": (["0=a.png", "2-3=short.mp4:0.1", "6=b.jpg"], "0·11··0··"),
+    "a clip up to an image": (["0=long.mp4", "3=a.png"], "0000·····"),
+}
+
+
+@pytest.mark.parametrize("keeps, strength", KEPT.values(), ids=KEPT)
+def test_what_is_kept(place, keeps, strength):
+    request = ask(*(part for keep in keeps for part in ("--keep", keep)))
+    assert "".join("·" if s == 1 else str(int(10 * s)) for s in request.strength) == strength
+
+
+def test_a_clip_at_the_end_is_its_end(place):
+    (keep,) = ask("--keep", "last=long.mp4").keeps
+    assert (keep.first, keep.count, keep.frames, keep.skip) == (4, 5, 17, 43)
+
+
+BAD = {
+    "--steps 0": "--steps: 0 is not a possible number",
+    "--steps 2.5": "--steps: '2.5' is not a whole number",
+    "--frames 32": "--frames: 32 is not of the form 1 \\+ 4n; give 29 or 33",
+    "--frames -3": "--frames: -3",
+    "--size 60x64": "--size: 60x64 has a side that is not a multiple of 16; the nearest is 64x64",
+    "--size 64": "--size: '64' is not HxW",
+    "--size 0x64": "--size: 0x64 is out of range",
+    "--shift nan": "--shift: 'nan' is not a finite number",
+    "--shift 0": "--shift: 0.0 is out of range",
+    "--guidance -1": "--guidance: -1.0 is out of range",
+    "--solver heun": "--solver: invalid choice: 'heun'",
+    "--seed -1": "--seed: -1 is not a possible number",
+    "--seed 18446744073709551616": "--seed: 18446744073709551616 is not",
+    "--fps 0": "--fps: 0.0",
+    "--promt x": "--promt: is no flag; the nearest is --prompt",
+    "--keep a.png": "--keep a.png: has no =FILE",
+    "--keep 9=a.png": "--keep 9=a.png: 9 is outside the video's 9 latent frames; give 0 to 8, last",
+    "--keep=-1=a.png": "--keep -1=a.png: '-1' is no latent frame",
+    "--keep 0=a.png:1.5": "--keep 0=a.png:1.5: the strength 1.5 is outside 0 to 1",
+    "--keep 0=a.png:nan": "--keep 0=a.png:nan: the strength nan is outside 0 to 1",
+    "--keep 0=none.png": "--keep 0=none.png: the file cannot be read: No such file",
+    "--keep 0=notes.txt": "--keep 0=notes.txt: the file is neither an image nor a video; give a PNG",
+    "--keep 0=model": "--keep 0=model: the file is a folder",
+    "--keep 0-1=a.png": "--keep 0-1=a.png: an image stands for one latent frame",
+    "--keep 0-5=short.mp4": "--keep 0-5=short.mp4: 21 frames needed, 9 found; 0-2 is the most it fills",
+    "--keep 0=a.png --keep 0=b.jpg": "--keep 0=b.jpg: latent frame 0 is already given by --keep 0=a.png",
+    "--keep 0=http://x/a.png": "the file is an address on a network",
+    "--out a.avi": "--out: a.avi ends in neither .mp4 nor .gif",
+    "--out nowhere/a.mp4": "--out: nowhere/a.mp4 cannot be written",
+    "--out short.mp4": "--out: short.mp4 exists; give another name, or --overwrite",
+    "--out short.mp4 --overwrite --keep 0=short.mp4": "--out: short.mp4 would replace a file that is kept",
+    "--model none": "--model: none/config.json cannot be read",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv, message", BAD.items(), ids=BAD)
+def test_everything_else_is_refused_by_name(place, argv, message):
+    before = sorted(place.rglob("*"))
+    with pytest.raises(Refusal, match="^error: .*" + message.replace("error: ", "")) as refused:
+        ask(*argv.split(" "))
+    assert "\n" not in str(refused.value)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    {
+        "[]": "has no settings under 'sampling'",
+        "{": "is not JSON",
+        '{"sampling": {"speed": 3}}': "'sampling' holds speed",
+        '{"sampling": {"steps": "many"}}': "is missing|steps",
+    }.items(),
+)
+def test_a_models_settings_are_checked_like_flags(place, stored, message):
+    Path("model/config.json").write_text(stored)
+    with pytest.raises(Refusal, match=message):
+        ask()
+
+
+def test_a_model_without_its_weights_is_refused(place):
+    Path("model/vae.safetensors").unlink()
+    with pytest.raises(Refusal, match="--model: model has no vae.safetensors"):
+        ask()
+
+
+@pytest.mark.parametrize(
+    "argv", [["--steps", "0"], ["--keep", "0=none.png"], ["--flames", "3"], ["--size", "1x1"]]
+)
+def test_a_refusal_takes_less_than_a_second_and_no_jax(place, argv):
+    """Run as a user would; -X importtime lists every module that was imported."""
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "fvdm_jax.sample",
+        "--model",
+        str(place / "model"),
+        *argv,
+    ]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == "" and len(lines) == 1 and lines[0].startswith("error: --")
+    assert not [line for line in done.stderr.splitlines() if line.rstrip().endswith((" jax", " flax", " av"))]
+    assert seconds < 1.0
+
+
+def test_the_picture_of_what_is_kept():
+    assert (
+        picture([0, 1, 0.4, 1]) == "4 latent frames   █·▒·      █ kept   ▒ kept, loosened 0.4   · generated"
+    )
+    assert picture([1]) == "1 latent frame   ·      · generated"
+
+
+def test_the_explanation_is_the_matrix():
+    rows = [[1, 0, 0.5], [0.25, 0, 0.125], [0, 0, 0]]
+    lines = explain(rows).splitlines()
+    assert [line.split()[:4] for line in lines[3:]] == [
+        ["start", "1", "0", ".50"],
+        ["1", ".25", "0", ".12"],
+        ["2", "0", "0", "0"],
+    ]
+    wide = explain([[1.0] * 40, [0.0] * 40])
+    assert "At a glance" in wide and "█" * 40 in wide and max(map(len, wide.splitlines())) < 200

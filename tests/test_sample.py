@@ -1,0 +1,187 @@
+"""The program as a user runs it, on a model with random weights that is smaller than the bundled one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fvdm_jax import checkpoint, video
+from fvdm_jax.models.dit import DiT, DiTConfig
+from fvdm_jax.models.text import TextConfig, TextEncoder
+from fvdm_jax.models.vae import VAE, VAEConfig
+from fvdm_jax.program import run
+from fvdm_jax.progress import Stages
+from fvdm_jax.request import parse
+from fvdm_jax.sample import _key, generate, main
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLING = {
+    "prompt": "a red circle", "negative": "", "frames": 9, "size": [32, 48], "steps": 3, "solver": "unipc",
+    "spacing": "wan", "shift": 3.0, "guidance": 2.0, "fps": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    vae = VAEConfig(8, 8, 4, (0.1,) * 4, (2.0,) * 4, (1, 1, 1), (True, True), 1, 2, True)
+    text = TextConfig(259, 16, 2, 8, 32, 1, length=24, dtype="float32")
+    dit = DiTConfig(32, 64, 2, 2, 4, 4, text_width=16, text_length=24, dtype="float32")
+    latents, states = jnp.zeros((1, 1, 4, 4, 4)), jnp.zeros((1, 24, 16))
+    inputs = {
+        "vae": (VAE(vae), jnp.zeros((1, 5, 32, 32, 3))),
+        "text": (TextEncoder(text), jnp.zeros((1, 24), jnp.int32), jnp.ones((1, 24), bool)),
+        "dit": (DiT(dit), latents, jnp.zeros((1, 1)), states),
+    }
+    params = {}
+    for name, (network, *arguments) in inputs.items():
+        shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0), *arguments))["params"]
+        leaves, tree = jax.tree.flatten(shapes)
+        rng = np.random.default_rng(0)
+        drawn = [
+            rng.normal(size=leaf.shape).astype(np.float32) * max(leaf.shape[-2:-1] or (1,)) ** -0.5
+            for leaf in leaves
+        ]
+        params[name] = tree.unflatten(drawn)
+    configs = {"vae": vae, "text": text, "dit": dit}
+    checkpoint.save(folder, checkpoint.Model(configs, params), {"sampling": SAMPLING})
+    return folder
+
+
+@pytest.fixture
+def sample(model, tmp_path, monkeypatch, capfd):
+    """Runs the program in an empty folder that has two pictures; gives its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "cache"))
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels // (1 + (name == "b.png"))).save(name)
+
+    def start(*argv: str):
+        code = run(main, ["--model", str(model), *argv])
+        return code, *capfd.readouterr()
+
+    return start
+
+
+def test_a_video_a_sheet_and_every_setting(sample):
+    code, out, errors = sample(
+        "--out", "out.mp4", "--seed", "7", "--prompt", "ein roter Kreis, größer", "--fps", "12"
+    )
+    assert code == 0, errors
+    assert "3 latent frames   ···" in out and "wrote out.mp4 out.png out.json" in out
+    assert video.probe("out.mp4") == ("video", "mov", 48, 32, 9)
+    with Image.open("out.png") as sheet:
+        assert sheet.size[0] > 3 * 48
+    record = json.loads(Path("out.json").read_text("utf-8"))
+    asked = {"seed": 7, "prompt": "ein roter Kreis, größer", "fps": 12, "steps": 3, "strength": [1.0] * 3}
+    assert record.items() >= asked.items()
+    stages = ["load", "compile", "text", "denoise", "decode", "write"]
+    assert list(record["seconds"]) == stages and min(record["seconds"].values()) > 0
+    assert record["versions"]["jax"] == jax.__version__ and record["device"]
+    assert "note: --prompt is cut" in errors and "denoise" in errors
+
+
+def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
+    made = []
+    for name, seed in (("one", "1"), ("two", "1"), ("three", str(2**33 + 1))):
+        assert sample("--out", f"{name}.mp4", "--seed", seed)[0] == 0
+        made.append(video.read(f"{name}.mp4", 9, (32, 48)))
+    assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+
+
+def test_small_seeds_are_jaxs():
+    for seed in (0, 1, 2**32 - 1):
+        assert np.array_equal(jax.random.key_data(_key(seed)), jax.random.key_data(jax.random.key(seed)))
+
+
+def reconstructed(model: Path, pixels: np.ndarray) -> np.ndarray:
+    """The clip [t H W 3] as the VAE of the model shows it."""
+    loaded = checkpoint.load(model)
+    latents = loaded.encode(loaded.params["vae"], video.to_unit(pixels)[None])
+    return video.to_pixels(loaded.decode(loaded.params["vae"], latents))[0].astype(int)
+
+
+def test_what_is_kept_is_in_the_video(sample, model):
+    """A kept first frame comes out as the VAE alone shows it, whatever the others are."""
+    keeps = ["--keep", "0=a.png", "--keep", "last=b.png:0.4"]
+    pixels, _ = generate(parse(["--model", str(model), *keeps]), Stages())
+    alone = reconstructed(model, video.read("a.png", 1, (32, 48)))
+    assert np.abs(pixels[0] - alone[0]).max() <= 1
+    assert sample("--out", "out.gif", *keeps)[0] == 0
+    record = json.loads(Path("out.json").read_text())
+    assert record["strength"] == [0.0, 1.0, 0.4] and record["seconds"]["encode"] > 0
+
+
+def test_a_video_kept_whole_is_its_reconstruction(sample, model):
+    noise = np.random.default_rng(1).integers(0, 255, (13, 32, 48, 3), dtype=np.uint8)
+    video.write_mp4(Path("in.mp4"), noise, 8)
+    pixels, _ = generate(parse(["--model", str(model), "--keep", "0-2=in.mp4", "--steps", "1"]), Stages())
+    assert np.abs(pixels - reconstructed(model, video.read("in.mp4", 9, (32, 48)))).max() <= 1
+
+
+def test_explain_prints_the_matrix_and_makes_nothing(sample, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = sample("--explain", "--keep", "0=a.png", "--steps", "4")
+    assert code == 0 and "█··" in out and len(out.splitlines()) == 1 + 2 + 1 + 5
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++"])
+def test_every_solver_and_no_guidance(sample, solver):
+    code, _, errors = sample("--solver", solver, "--guidance", "1", "--steps", "2", "--out", "out.mp4")
+    assert code == 0, errors
+
+
+def test_existing_files_are_only_replaced_when_asked(sample):
+    Path("out.json").write_text("mine")
+    code, _, errors = sample("--out", "out.mp4")
+    assert code == 2 and errors.startswith("error: --out: out.json exists") and errors.count("\n") == 1
+    assert not Path("out.mp4").exists() and Path("out.json").read_text() == "mine"
+    assert sample("--out", "out.mp4", "--overwrite")[0] == 0 and Path("out.json").read_text() != "mine"
+
+
+@pytest.mark.parametrize("damage", ["cut", "scrambled", "another"])
+def test_damaged_weights_are_refused(sample, model, tmp_path, damage):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in model.glob("*.*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    content = (copy / "vae.safetensors").read_bytes()
+    other = {
+        "cut": content[:-100],
+        "scrambled": b"\xff" * 100,
+        "another": (copy / "text.safetensors").read_bytes(),
+    }
+    (copy / "vae.safetensors").write_bytes(other[damage])
+    code, out, errors = sample("--model", str(copy), "--out", "out.mp4")
+    assert code == 2 and "vae.safetensors" in errors.splitlines()[-1], errors
+    assert "Traceback" not in errors and not Path("out.mp4").exists()
+
+
+def test_ctrl_c_leaves_nothing(model, tmp_path):
+    command = [sys.executable, "-m", "fvdm_jax.sample", "--model", str(model), "--steps", "1000"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out.mp4"), "--size", "128x128", "--frames", "81"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout.readline().startswith("21 latent frames")
+        time.sleep(6)
+        assert process.poll() is None, "it must be at work"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 130
+        assert process.stderr.read().splitlines()[-1] == "stopped"
+    assert not list(tmp_path.iterdir())
