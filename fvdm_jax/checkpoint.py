@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from fvdm_jax.models import dit, text, vae
@@ -56,8 +57,7 @@ def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
     flat = {key: np.asarray(x) for key, x in flatten(tree)}
     # A strided array is written wrong by some versions of the library, hence contiguous.
     flat = {
-        k: np.ascontiguousarray(x.astype(dtype) if dtype and x.dtype.kind == "f" else x)
-        for k, x in flat.items()
+        k: np.ascontiguousarray(x.astype(dtype) if dtype and _is_float(x) else x) for k, x in flat.items()
     }
     save_file(flat, path)
 
@@ -80,8 +80,13 @@ def load_tree(path: Path) -> dict:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = array.astype(np.float32) if array.dtype.kind == "f" else array
+        node[leaf] = array.astype(np.float32) if _is_float(array) else array
     return tree
+
+
+def _is_float(array: np.ndarray) -> bool:
+    # numpy by itself does not count bfloat16 among the floats.
+    return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def flatten(tree: dict, prefix: str = ""):

@@ -57,7 +57,10 @@ def scenes(rng: np.random.Generator, count: int) -> Scene:
 
 
 def caption(scene: Scene, i: int, full: bool = True) -> str:
-    """What scene `i` of the batch shows, in the words of the tables; not `full`: without the background."""
+    """What scene `i` of the batch shows in square frames, in the words of the tables.
+
+    Not `full`: without the background.
+    """
 
     def word(table, index) -> str:
         return list(table)[index[i]]
@@ -81,7 +84,7 @@ def _margin(scene: Scene, aspect: float):
     return jnp.stack([radius / aspect, radius], -1)
 
 
-def _bounces(scene: Scene, aspect: float = 5 / 3) -> np.ndarray:
+def _bounces(scene: Scene, aspect: float = 1.0) -> np.ndarray:
     end, margin = np.clip(scene.start, *_room(scene, aspect)) + _travel(scene), _margin(scene, aspect)
     return np.asarray(jnp.any((end < margin - 1e-3) | (end > 1.001 - margin), -1))
 
@@ -99,13 +102,19 @@ def moving_shapes(scene: Scene, frames: int, height: int, width: int) -> Video:
 def _draw(scene: Scene, frames: int, height: int, width: int) -> Float[Array, "t H W 3"]:
     aspect = width / height
     centre = _path(scene, frames, aspect)
-    x = ((jnp.arange(width) + 0.5) / width - rearrange(centre[:, 0], "t -> t 1 1")) * aspect
-    y = rearrange((jnp.arange(height) + 0.5) / height, "h -> h 1") - rearrange(centre[:, 1], "t -> t 1 1")
+    y, x = _pixels(height, width)
+    x = (x - rearrange(centre[:, 0], "t -> t 1 1")) * aspect
+    y = rearrange(y, "h -> h 1") - rearrange(centre[:, 1], "t -> t 1 1")
     radius = jnp.asarray(list(SIZES.values()))[scene.size]
     cover = jnp.clip(0.5 - _distance(x, y, radius)[scene.shape] * height, 0, 1)[..., None]
     shade = jnp.asarray(list(COLOURS.values()))[scene.colour]
     behind = _background(scene, height, width)
     return 2 * (cover * shade + (1 - cover) * behind) - 1
+
+
+def _pixels(height: int, width: int) -> tuple[Float[Array, "H"], Float[Array, "W"]]:
+    """Where the middles of rows and of columns are, 0 … 1."""
+    return tuple((jnp.arange(n, dtype=jnp.float32) + 0.5) / n for n in (height, width))
 
 
 def _path(scene: Scene, frames: int, aspect: float) -> Float[Array, "t xy"]:
@@ -129,9 +138,11 @@ def _distance(x, y, r) -> Float[Array, "shape t H W"]:
 
 
 def _background(scene: Scene, height: int, width: int) -> Float[Array, "1 H W 3"]:
-    key = jax.random.key(scene.seed)
-    phase, pitch = jax.random.uniform(key, (2,)) * 2 * jnp.pi, jax.random.uniform(key, minval=5, maxval=9)
-    y, x = jnp.arange(height)[:, None] / height, jnp.arange(width)[None] / height
+    key, first, second = jax.random.split(jax.random.key(scene.seed), 3)
+    phase = jax.random.uniform(first, (2,)) * 2 * jnp.pi
+    pitch = jax.random.uniform(second, minval=5, maxval=9)
+    y, x = _pixels(height, width)
+    y, x = y[:, None], x[None] * width / height
     wave_x, wave_y = jnp.sin(2 * pitch * x + phase[0]), jnp.sin(2 * pitch * y + phase[1])
     plain = jnp.zeros((height, width)) + 0.15 * (y - 0.5)
     striped = 0.12 * jnp.clip(4 * wave_x, -1, 1) + 0 * y
@@ -146,9 +157,8 @@ def cloud(key: PRNGKeyArray, height: int, width: int, slope: float = 1.6) -> Flo
     """Noise whose amplitude falls as 1/frequency^slope, as a photograph's does; unit variance."""
     fy, fx = jnp.fft.fftfreq(height)[:, None], jnp.fft.rfftfreq(width)[None]
     amplitude = (jnp.hypot(fx, fy) + 1 / max(height, width)) ** -slope
-    noise = jnp.fft.irfft2(
-        jnp.fft.rfft2(jax.random.normal(key, (height, width))) * amplitude, (height, width)
-    )
+    white = jnp.fft.rfft2(jax.random.normal(key, (height, width)))
+    noise = jnp.fft.irfft2(white * amplitude.astype(white.dtype), (height, width))
     return (noise - noise.mean()) / (noise.std() + 1e-6)
 
 
@@ -171,7 +181,8 @@ def textures(
     grain = 0.35 * uniform(keys[7], (leaves, 3)) ** 2
 
     time = jnp.linspace(0, 1, frames)
-    y, x = (jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / height
+    y, x = _pixels(height, width)
+    x = x * width / height
 
     def lay(picture, leaf):
         radius, centre, drift, turn, squareness, colour, grain = leaf
