@@ -25,14 +25,15 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fvdm_jax import levels, process  # noqa: E402
-from fvdm_jax.checkpoint import Model, load_tree, save, save_tree  # noqa: E402
+from fvdm_jax.checkpoint import Networks, load_tree, save, save_tree  # noqa: E402
 from fvdm_jax.data import source  # noqa: E402
 from fvdm_jax.models.dit import DiT, DiTConfig  # noqa: E402
 from fvdm_jax.models.text import TextConfig, TextEncoder  # noqa: E402
 from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokens  # noqa: E402
 from fvdm_jax.models.vae import VAE, VAEConfig  # noqa: E402
 
-RUNS = Path("runs/tiny")
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs/tiny"
 LATENT = 32
 """Channels: twice Wan's, since so small a VAE squeezes less."""
 
@@ -42,16 +43,17 @@ VAE_SIZES = VAEConfig(
 )
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
-DIT_SIZES = DiTConfig(192, 768, 3, 6, LATENT, LATENT, text_width=128, text_length=128, dtype="float32")
-FRAMES, SIDE, CLIPS = 33, 64, 16000
+DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
+FRAMES, SIDE, CLIPS = 25, 80, 12000
 
-VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1500, 6000
-IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 33, 32)
-"""Count, frames and side in pixels of a batch of single frames and of one of clips, cut out of SIDE."""
+VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1200, 3600
+VAE_SIDE, IMAGE_BATCH, CLIP_BATCH = 64, (12, 1, 64), (2, 33, 32)
+"""Pixels in which scenes are drawn for the VAE; count, frames and side of a batch of images and of clips."""
 KL = 1e-4
 
 
 SAMPLING = {
+    "process": "flow",
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background",
     "negative": "",
     "frames": FRAMES,
@@ -61,7 +63,7 @@ SAMPLING = {
     "spacing": "wan",
     "shift": 3.0,
     "guidance": 3.0,
-    "fps": 16,
+    "fps": 12,
 }
 
 
@@ -76,14 +78,14 @@ def vae_batch(step: int):
     count, frames, side = CLIP_BATCH if step % 3 == 2 else IMAGE_BATCH
     rng = np.random.default_rng((1, step))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), count // 2)
-    corner = rng.integers(0, SIDE - side + 1, 2)
+    corner = rng.integers(0, VAE_SIDE - side + 1, 2)
     return _vae_pixels(keys, source.scenes(rng, count // 2), corner, frames, side)
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "side"))
 def _vae_pixels(keys, scene, corner, frames, side):
-    shapes = source.moving_shapes(scene, frames, SIDE, SIDE)
-    textures = jax.vmap(lambda key: source.textures(key, frames, SIDE, SIDE))(keys)
+    shapes = source.moving_shapes(scene, frames, VAE_SIDE, VAE_SIDE)
+    textures = jax.vmap(lambda key: source.textures(key, frames, VAE_SIDE, VAE_SIDE))(keys)
     video = jnp.concatenate([textures, shapes])
     start = (0, 0, *corner, 0)
     return jax.lax.dynamic_slice(video, start, (*video.shape[:2], side, side, 3))
@@ -139,10 +141,14 @@ CLASSES = [len(table) for table in (*WORDS, source.TONES)]
 """How many words there are for what a scene's first seven fields say."""
 
 
+LONGEST = 96
+"""Bytes of the longest caption and a little more; prompts may be longer."""
+
+
 def text_batch(step: int):
-    """Tokens, mask and scenes of 64 captions."""
-    scenes = source.scenes(np.random.default_rng((3, step)), 64)
-    tokens, mask = byte_tokens([source.caption(scenes, i) for i in range(64)], TEXT_SIZES.length)
+    """Tokens, mask and scenes of 32 captions."""
+    scenes = source.scenes(np.random.default_rng((3, step)), 32)
+    tokens, mask = byte_tokens([source.caption(scenes, i) for i in range(32)], LONGEST)
     return tokens, mask, np.stack(scenes[: len(CLASSES)], -1)
 
 
@@ -188,7 +194,7 @@ def store_latents(clips: int = CLIPS):
         store[i : i + 20] = encode(scene, jax.random.split(jax.random.fold_in(jax.random.key(4), i), 4))
         captions += [source.caption(scene, j, full=(i + j) % 4 > 0) for j in range(16)]
         captions += ["textures drift"] * 4
-        if i % 2000 == 1980:
+        if i % 400 == 380:
             print(f"latents {i + 20}/{clips} {time.time() - began:.0f} s", flush=True)
     store.flush()
     (RUNS / "captions.json").write_text(json.dumps(captions))
@@ -198,7 +204,7 @@ def load_latents():
     """The store [n f h w c], its captions as tokens and mask, and the mean and spread of each channel."""
     store = np.load(RUNS / "latents.npy", mmap_mode="r")
     sample = np.asarray(store[::7], np.float32)
-    tokens = byte_tokens(json.loads((RUNS / "captions.json").read_text()), TEXT_SIZES.length)
+    tokens = byte_tokens(json.loads((RUNS / "captions.json").read_text()), LONGEST)
     return store, tokens, sample.mean((0, 1, 2, 3)), sample.std((0, 1, 2, 3))
 
 
@@ -213,29 +219,27 @@ def draw(key, batch: int, frames: int):
     return jnp.where(kept, 0.0, level)
 
 
-def train_dit(steps: int = DIT_STEPS, batch: int = 32):
-    """Trains the transformer on the store of latents, the text encoder standing still."""
-    store, (tokens, mask), mean, std = load_latents()
-    encoder = load_tree(RUNS / "text.safetensors")["encoder"]
+def train_dit(steps: int = DIT_STEPS, batch: int = 16):
+    """Trains the transformer on the store of latents, and the text encoder along with it."""
+    store, captions, mean, std = load_latents()
+    silence = byte_tokens([""], LONGEST)
 
     def dit_batch(step: int):
         rng = np.random.default_rng((5, step))
         chosen = np.sort(rng.choice(len(store), batch, replace=False))
         told = rng.random((batch, 1)) > 0.1
-        nothing_said = byte_tokens([""], TEXT_SIZES.length)
-        words = [
-            np.where(told, part[chosen], none)
-            for part, none in zip((tokens, mask), nothing_said, strict=True)
-        ]
+        words = [np.where(told, said[chosen], none) for said, none in zip(captions, silence, strict=True)]
         return (store[chosen].astype(np.float32) - mean) / std, *words
 
     def dit_loss(params, data, key):
         clean, tokens, mask = data
-        text = TextEncoder(TEXT_SIZES).apply({"params": encoder}, tokens, mask)
+        text = TextEncoder(TEXT_SIZES).apply({"params": params["text"]}, tokens, mask)
+        # As if the captions had been padded to the full length: what follows them is 0, and attended.
+        text = jnp.pad(text, ((0, 0), (0, TEXT_SIZES.length - LONGEST), (0, 0)))
         level_key, noise_key = jax.random.split(key)
         level, noise = draw(level_key, *clean.shape[:2]), jax.random.normal(noise_key, clean.shape)
         x = process.mix(process.flow, clean, noise, level)
-        said = DiT(DIT_SIZES).apply({"params": params}, x, process.flow.timestep(level), text)
+        said = DiT(DIT_SIZES).apply({"params": params["dit"]}, x, process.flow.timestep(level), text)
         error = jnp.mean(jnp.square(said - process.flow.target(clean, noise, level)), (2, 3, 4))
         # Nothing can be learnt from clean frames: their noise cannot be seen.
         error = jnp.sum(error * (level > 0)) / jnp.sum(level > 0)
@@ -244,21 +248,23 @@ def train_dit(steps: int = DIT_STEPS, batch: int = 32):
     clean, *words = dit_batch(0)
     text = jnp.zeros((1, TEXT_SIZES.length, TEXT_SIZES.width))
     init = jax.jit(DiT(DIT_SIZES).init)(jax.random.key(0), clean[:1], jnp.zeros((1, clean.shape[1])), text)
-    params = nn.meta.unbox(init)["params"]
-    train(params, optimiser(1e-3, steps), steps, dit_batch, dit_loss, "dit")
+    params = {"dit": nn.meta.unbox(init)["params"], "text": load_tree(RUNS / "text.safetensors")["encoder"]}
+    params = jax.tree.map(jnp.asarray, params)
+    train(params, optimiser(1.5e-3, steps), steps, dit_batch, dit_loss, "dit")
 
 
 def pack():
     """Puts the trained weights and their configs where the package carries them."""
     *_, mean, std = load_latents()
     vae = dataclasses.replace(VAE_SIZES, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
-    params = {name: load_tree(RUNS / f"{name}.safetensors") for name in ("vae", "text", "dit")}
-    params["text"] = params["text"]["encoder"]
-    model = Model({"vae": vae, "text": TEXT_SIZES, "dit": DIT_SIZES}, params)
-    save(Path("fvdm_jax/assets/tiny"), model, {"sampling": SAMPLING})
+    params = {"vae": load_tree(RUNS / "vae.safetensors")} | load_tree(RUNS / "dit.safetensors")
+    networks = Networks(dit=DIT_SIZES, vae=vae, text=TEXT_SIZES)
+    save(ROOT / "fvdm_jax/assets/tiny", networks, params, {"sampling": SAMPLING})
 
 
 STAGES = {"vae": train_vae, "text": train_text, "latents": store_latents, "dit": train_dit, "pack": pack}
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        raise SystemExit(f"error: give a stage: {', '.join(STAGES)}")
     STAGES[sys.argv[1]](*map(int, sys.argv[2:]))

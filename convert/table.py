@@ -1,6 +1,7 @@
 """A converter is a table of rules; applying it either accounts for every tensor and every rule, or raises."""
 
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -36,16 +37,21 @@ def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> 
     """The tensors as a nested tree, each moved by its rule.
 
     `sizes` are lengths that the einops patterns need. KeyError names every tensor without a rule, every
-    rule without a tensor and every layer missing from a stack.
+    rule without a tensor and every layer missing inside a stack, and tells of stacks of unequal depth and of
+    anything used or set twice. That all stacks lack their last layers cannot be told from the tensors alone.
     """
     found = {rule: _layers(rule, tensors) for rule in rules}
     used = [key for layers in found.values() for key in layers.values()]
+    twice = sorted(key for key, count in Counter(used).items() if count > 1)
+    depths = {len(layers) for rule, layers in found.items() if "*" in rule.source and layers}
     absent = [
         rule.source for rule, layers in found.items() if sorted(layers) != list(range(max(len(layers), 1)))
     ]
     unknown = sorted(set(tensors) - set(used))
     if absent or unknown:
         raise KeyError(f"rules without their tensors: {absent}; tensors without a rule: {unknown}")
+    if twice or len(depths) > 1:
+        raise KeyError(f"tensors that two rules claim: {twice}; stacks of unequal depth: {sorted(depths)}")
     tree: dict = {}
     for rule, layers in found.items():
         arrays = [_move(tensors[layers[i]], rule.pattern, sizes) for i in sorted(layers)]
@@ -69,4 +75,6 @@ def _put(tree: dict, path: str, array: np.ndarray) -> None:
     *parents, leaf = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})
+    if leaf in tree:
+        raise KeyError(f"two rules put a tensor at {path}")
     tree[leaf] = array

@@ -2,64 +2,68 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from fvdm_jax.models import dit, text, vae
-from fvdm_jax.models.dit import DiT, DiTConfig
-from fvdm_jax.models.text import TextConfig, TextEncoder
-from fvdm_jax.models.vae import VAE, VAEConfig
-from fvdm_jax.program import Refusal
+from fvdm_jax.program import Refusal, outputs
 from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 
-NETWORKS = {
-    "dit": (DiTConfig, dit.abstract),
-    "vae": (VAEConfig, vae.abstract),
-    "text": (TextConfig, text.abstract),
-}
-"""The networks of a model: what configures each, and its parameters as shapes."""
 
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks of a model, by their configs, as functions of its parameters.
 
-class Model(NamedTuple):
-    """Configs and parameters of the networks, by name (`dit`, `vae`, `text`), as one folder holds them.
-
-    The methods are the networks as functions of their parameters, to be compiled.
+    `params` is a dict with a tree for each field, as of `load`.
     """
 
-    configs: dict
-    params: dict
+    dit: dit.DiTConfig
+    vae: vae.VAEConfig
+    text: text.TextConfig
 
-    def network(self, params: dict, x: Latents, timestep: Levels, text: TextStates) -> Latents:
-        """What the transformer says of x [b f h w c]."""
-        return DiT(self.configs["dit"]).apply({"params": params}, x, timestep, text)
+    def velocity(self, params: dict, x: Latents, timestep: Levels, text_states: TextStates) -> Latents:
+        """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e]."""
+        return dit.DiT(self.dit).apply({"params": params["dit"]}, x, timestep, text_states)
 
     def read(self, params: dict, tokens: Tokens, mask: Mask) -> TextStates:
         """States [b l e] of tokens [b l]."""
-        return TextEncoder(self.configs["text"]).apply({"params": params}, tokens, mask)
+        return text.TextEncoder(self.text).apply({"params": params["text"]}, tokens, mask)
 
     def encode(self, params: dict, video: Video) -> Latents:
         """Normalised latents [b f h w c] of pixels [b t H W 3]."""
-        return VAE(self.configs["vae"]).apply({"params": params}, video, method="encode")
+        return vae.VAE(self.vae).apply({"params": params["vae"]}, video, method="encode")
 
     def decode(self, params: dict, latents: Latents) -> Video:
         """Pixels [b t H W 3] of normalised latents [b f h w c]."""
-        return VAE(self.configs["vae"]).apply({"params": params}, latents, method="decode")
+        return vae.VAE(self.vae).apply({"params": params["vae"]}, latents, method="decode")
+
+
+KINDS = {
+    "dit": (dit.DiTConfig, dit.abstract),
+    "vae": (vae.VAEConfig, vae.abstract),
+    "text": (text.TextConfig, text.abstract),
+}
+"""What configures each network, and its parameters as shapes."""
 
 
 def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
-    """Writes a nested tree of arrays as safetensors, keys joined by "/", floats as `dtype` where given."""
+    """Writes a nested tree of arrays as safetensors, keys joined by "/", floats as `dtype` where given.
+
+    The file at `path` is replaced when the new one is whole.
+    """
     from safetensors.numpy import save_file
 
-    flat = {key: np.asarray(x) for key, x in flatten(tree)}
-    # A strided array is written wrong by some versions of the library, hence contiguous.
-    flat = {
-        k: np.ascontiguousarray(x.astype(dtype) if dtype and _is_float(x) else x) for k, x in flat.items()
-    }
-    save_file(flat, path)
+    flat = {}
+    for key, leaf in flatten(tree):
+        array = np.asarray(leaf)
+        # A strided array is written wrong by some versions of the library, hence contiguous.
+        flat[key] = np.ascontiguousarray(array.astype(dtype) if dtype and _is_float(array) else array)
+    with outputs(path) as (draft,):
+        save_file(flat, draft)
 
 
 def load_tree(path: Path) -> dict:
@@ -89,7 +93,7 @@ def _is_float(array: np.ndarray) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def flatten(tree: dict, prefix: str = ""):
+def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of every leaf, in the order of the keys."""
     for key in sorted(tree):
         if isinstance(tree[key], dict):
@@ -98,19 +102,18 @@ def flatten(tree: dict, prefix: str = ""):
             yield f"{prefix}{key}", tree[key]
 
 
-def load(folder: Path) -> Model:
-    """The model of a folder: `config.json` with a config for each network, and its NAME.safetensors.
+def load(folder: Path) -> tuple[Networks, dict]:
+    """The networks and parameters of a folder: `config.json` with a config for each, and NAME.safetensors.
 
     Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
     """
     stored = json.loads((folder / "config.json").read_text("utf-8"))
-    model = Model({}, {})
-    for name, (kind, abstract) in NETWORKS.items():
-        model.configs[name] = _configured(folder / "config.json", name, kind, stored)
-        path = folder / f"{name}.safetensors"
-        model.params[name] = load_tree(path)
-        _check(path, model.params[name], abstract(model.configs[name]))
-    return model
+    configs, params = {}, {}
+    for name, (kind, abstract) in KINDS.items():
+        configs[name] = _configured(folder / "config.json", name, kind, stored)
+        params[name] = load_tree(folder / f"{name}.safetensors")
+        _check(folder / f"{name}.safetensors", params[name], abstract(configs[name]))
+    return Networks(**configs), params
 
 
 def _configured(path: Path, name: str, kind: type, stored: dict):
@@ -131,10 +134,10 @@ def _check(path: Path, params: dict, expected: dict) -> None:
             raise Refusal(path, what, "config.json and this file must be of one model")
 
 
-def save(folder: Path, model: Model, extra: dict, dtype: str = "float16") -> None:
-    """Writes the folder that `load` reads; `extra` joins `config.json`."""
+def save(folder: Path, networks: Networks, params: dict, extra: dict, dtype: str = "float16") -> None:
+    """Writes the folder that `load` reads; `extra` joins `config.json`, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tree in model.params.items():
-        save_tree(folder / f"{name}.safetensors", tree, dtype)
-    stored = {name: dataclasses.asdict(config) for name, config in model.configs.items()}
-    (folder / "config.json").write_text(json.dumps(stored | extra, indent=1) + "\n")
+    for name in KINDS:
+        save_tree(folder / f"{name}.safetensors", params[name], dtype)
+    with outputs(folder / "config.json") as (draft,):
+        draft.write_text(json.dumps(dataclasses.asdict(networks) | extra, indent=1) + "\n", "utf-8")

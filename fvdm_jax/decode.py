@@ -197,16 +197,15 @@ def _colours(path, form, image):
         raise Refusal(path, f"has pixels of the kind {image.mode}", "save it as RGB with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = Image.fromarray(np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
-    image = _profiled(image)
+    profile = image.info.get("icc_profile")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         ground = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
-    return image.convert("RGB")
+        image = Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+    return _profiled(image, profile).convert("RGB")
 
 
-def _profiled(image):
-    """In sRGB where the image says in which other colours it is; as it is where what it says is no use."""
-    profile = image.info.get("icc_profile")
+def _profiled(image, profile: bytes | None):
+    """The image in sRGB, if it says in which other colours it is; as it is where what it says is no use."""
     if not profile or image.mode not in ("RGB", "CMYK"):
         return image
     from PIL import ImageCms
@@ -245,16 +244,16 @@ def _probe_clip(path, form: str) -> Media:
         ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if form == "mov" and ends > os.path.getsize(path):
             raise Refusal(path, "is cut short: its index names frames beyond its end", "give a whole file")
-        # Containers other than mov state no number of frames, or one from the duration; hence the count.
-        stated = stream.frames if form == "mov" else 0
-        frames = stated or sum(packet.size > 0 for packet in container.demux(stream))
+        # Trimmed clips hold frames that are not to be shown; containers other than mov have no whole index.
+        shown = sum(not entry.is_discard for entry in stream.index_entries) if form == "mov" else 0
+        frames = shown or sum(p.size > 0 and not p.is_discard for p in container.demux(stream))
         if not frames:
             raise Refusal(path, "has no frames", "give a clip")
         return Media("video", form, *_shown(stream), frames)
 
 
 def _shown(stream) -> tuple[int, int]:
-    """Width and height with square pixels."""
+    """Width and height with square pixels, before any rotation."""
     width, height = stream.codec_context.width, stream.codec_context.height
     return max(1, round(width * (stream.sample_aspect_ratio or 1))), height
 

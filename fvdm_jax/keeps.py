@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import NamedTuple
 
 from fvdm_jax import video
 from fvdm_jax.program import Refusal
-
-STRIDE = 4
-"""Pixel frames that a latent frame after the first stands for."""
+from fvdm_jax.video import STRIDE
 
 GRAMMAR = """\
 what --keep takes
@@ -90,7 +87,7 @@ def placed(texts: Sequence[str], frames: int) -> tuple[Keep, ...]:
     asked = [_asked(text, frames) for text in texts]
     media = [_probed(one) for one in asked]
     free = sum(m.kind != "image" and one.form != "range" for one, m in zip(asked, media, strict=True))
-    share = math.ceil(frames / max(1, 2 * free))
+    share = max(1, frames // max(1, 2 * free))
     keeps = []
     for one, held in zip(asked, media, strict=True):
         others = [other for other in asked if other is not one]

@@ -50,8 +50,11 @@ def ptss(key: jax.Array, batch: int, frames: int, probability: float = 0.2, coin
 def shifted(draw: Draw, shift: float) -> Draw:
     """The draw with every level u moved to shift·u/(1 + (shift−1)·u): towards noise for shift > 1.
 
-    The law of Wan and Pusa at shift 5: median 0.833, mean 0.7475. Keyword arguments reach the draw.
+    The law of Wan and Pusa at shift 5: median 0.833, mean 0.7475. Keyword arguments reach the draw. Raises
+    ValueError unless shift is a positive number.
     """
+    if not 0 < shift < float("inf"):
+        raise ValueError(f"shift is {shift}; give a positive number (1 leaves the levels as they are)")
 
     def moved(key: jax.Array, batch: int, frames: int, **options) -> Levels:
         levels = draw(key, batch, frames, **options)

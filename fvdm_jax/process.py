@@ -114,3 +114,6 @@ def _v_read(x: Latents, v: Latents, level: Levels) -> Prediction:
 
 ddpm_v = ddpm._replace(target=_v_target, read=_v_read)
 """The same process, where the network says v = α·noise − σ·clean (Salimans & Ho 2022, arXiv 2202.00512)."""
+
+PROCESSES = {"flow": flow, "ddpm": ddpm, "ddpm_v": ddpm_v}
+"""The processes by name."""

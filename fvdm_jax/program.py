@@ -159,8 +159,8 @@ def _interruptible() -> Iterator[None]:
 def _watch(reader: socket.socket, done: threading.Event) -> None:
     while received := reader.recv(1):
         if received[0] == signal.SIGINT and not done.wait(GRACE):
-            sys.stderr.write("stopped\n")
-            sys.stderr.flush()
+            # Past every object of Python that a lock may guard; the progress display had hidden the cursor.
+            os.write(2, (b"\x1b[?25h" if os.isatty(2) else b"") + b"stopped\n")
             os._exit(130)
 
 
@@ -240,7 +240,8 @@ def _flush(path: Path) -> None:
 def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Names to write in place of `paths`: when the block ends all become `paths`, when it raises none does.
 
-    The names lie beside the outputs and keep their extensions; each must be written. What a killed run
+    They are replaced from the last to the first, which marks that all are complete. The names lie beside the
+    outputs and keep their extensions; each must be written. What a killed run
     left in those folders is removed first. Raises Refusal where the disk is full or cannot be written.
     """
     targets = [Path(os.path.realpath(path)) for path in paths]
@@ -252,7 +253,7 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
         yield drafts
         for draft in drafts:
             _flush(draft)
-        for draft, target in zip(drafts, targets, strict=True):
+        for draft, target in reversed(list(zip(drafts, targets, strict=True))):
             os.replace(draft, target)
         if os.name == "posix":
             for folder in folders:

@@ -37,9 +37,10 @@ class Stages:
         self._progress.stop()
 
     def _elapsed(self, name: str) -> float:
-        before = self.seconds.get(name, 0.0)
-        if self._running and self._running[0] == name:
-            return before + time.perf_counter() - self._running[1]
+        before, running = self.seconds.get(name, 0.0), self._running
+        # Read once: the display asks from a thread of its own.
+        if running and running[0] == name:
+            return before + time.perf_counter() - running[1]
         return before
 
     @contextlib.contextmanager
@@ -62,7 +63,8 @@ class Stages:
 
     def step(self) -> None:
         """One step of the running stage begins."""
-        if self._running:
-            task = self._progress.tasks[self._tasks[self._running[0]]]
+        running = self._running
+        if running:
+            task = self._progress.tasks[self._tasks[running[0]]]
             done, total = int(task.completed) + 1, int(task.total or 0)
             self._progress.update(task.id, completed=done, steps=f"step {done} of {total}")

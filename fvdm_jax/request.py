@@ -8,16 +8,18 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fvdm_jax.keeps import GRAMMAR, STRIDE, Keep, latent, placed
+from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
 from fvdm_jax.program import Parser, Refusal, check_output, number, plain, whole
+from fvdm_jax.video import STRIDE
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
 SOLVERS = ("unipc", "dpm++", "euler")
 SPACINGS = ("wan", "pusa", "ddpm")
 WEIGHTS = ("dit.safetensors", "vae.safetensors", "text.safetensors")
-MULTIPLE = 16
-"""What the sides of a video are multiples of, in pixels."""
+PROCESSES = ("flow", "ddpm", "ddpm_v")
+PATCH = 2
+"""Latent pixels to a side of a token of the transformer."""
 
 EPILOG = f"""{GRAMMAR}
 The video goes to --out, and beside it a contact sheet (.png) and every setting (.json). Existing files
@@ -26,11 +28,15 @@ are only replaced with --overwrite, except those of the default name, fvdm.mp4, 
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSizes:
-    """The settings with which a model samples where the user states none, and the file that says so."""
+class Defaults:
+    """The settings with which a model samples where the user states none, and the file that says so.
+
+    The sides of its videos are multiples of `multiple` pixels.
+    """
 
     config: Path
     sampling: dict
+    multiple: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Request:
     size: tuple[int, int] | None = None
     steps: int | None = None
     solver: str | None = None
+    process: str | None = None
     spacing: str | None = None
     shift: float | None = None
     guidance: float | None = None
@@ -89,7 +96,7 @@ def parse(argv: Sequence[str]) -> Request:
     """The validated Request of a command line. Raises Refusal, or SystemExit after --help."""
     given = vars(parser().parse_args(argv))
     request = Request(**given | {"keep": tuple(given["keep"])})
-    return validate(request, sizes(request.model))
+    return validate(request, defaults(request.model))
 
 
 def parser() -> Parser:
@@ -106,7 +113,12 @@ def parser() -> Parser:
         help="an image or clip to keep; repeatable",
     )
     add("--frames", type=whole, metavar="N", help="frames of the video, 1 + 4n")
-    add("--size", type=_size, metavar="HxW", help="height and width in pixels, multiples of 16")
+    add(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="height and width in pixels, multiples of 16 (or as the model has it)",
+    )
     add("--steps", type=whole, metavar="N", help="steps of the solver")
     add("--solver", choices=SOLVERS, help="how a step is taken")
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
@@ -129,30 +141,32 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def sizes(folder: Path) -> ModelSizes:
+def defaults(folder: Path) -> Defaults:
     """What the config.json of a model's folder says of sampling. Raises Refusal, named --model."""
     config = folder / "config.json"
     try:
-        sampling = dict(json.loads(config.read_text("utf-8"))["sampling"])
+        stored = json.loads(config.read_text("utf-8"))
+        sampling, vae = dict(stored["sampling"]), stored["vae"]
+        multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
         if absent := [name for name in WEIGHTS if not (folder / name).is_file()]:
             raise Refusal("--model", f"{folder} has no {absent[0]}", "give a folder with all its files")
-        return ModelSizes(config, sampling)
+        return Defaults(config, sampling, multiple)
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"
     except (KeyError, TypeError):
-        what = f"{config} has no settings under 'sampling'"
+        what = f"{config} has no settings under 'sampling' or no 'vae'"
     except (ValueError, RecursionError):
         what = f"{config} is not JSON"
     raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
 
 
-def validate(request: Request, model: ModelSizes) -> Request:
+def validate(request: Request, model: Defaults) -> Request:
     """The Request completed from the model's settings, its keeps placed. Raises Refusal; changes nothing.
 
     In this order: values, files (images whole, clips by their header), and that the outputs can be written.
     """
     filled, where = _filled(request, model)
-    for name, rule in RULES.items():
+    for name, rule in (RULES | {"size": _sides(model.multiple)}).items():
         if wrong := rule(getattr(filled, name)):
             value = getattr(filled, name)
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
@@ -163,7 +177,7 @@ def validate(request: Request, model: ModelSizes) -> Request:
     return complete
 
 
-def _filled(request: Request, model: ModelSizes) -> tuple[Request, dict[str, str]]:
+def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]:
     """The Request without a None, and for each setting what to call it in a refusal."""
     if request.keep and request.prompt is None:
         # The model's example tells of a video of its own, not of what was given.
@@ -179,7 +193,7 @@ def _filled(request: Request, model: ModelSizes) -> tuple[Request, dict[str, str
         if getattr(request, name) is None:
             where[name] = f"{model.config}: sampling.{name}"
             if name not in model.sampling:
-                raise Refusal(where[name], "is missing", f"add it there, or give --{name}")
+                raise Refusal(where[name], "is missing", "add it there")
             value = model.sampling[name]
             values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(request, **values), where
@@ -196,10 +210,10 @@ def _whole_from(least: int, most: int) -> Rule:
     return rule
 
 
-def _above_zero(most: float, note: str = "") -> Rule:
+def _between(least: float, most: float, note: str = "") -> Rule:
     def rule(value):
-        if type(value) not in (int, float) or not 0 < value <= most:
-            return "is out of range", f"give a number above 0, at most {most}{note}"
+        if type(value) not in (int, float) or not least <= value <= most:
+            return "is out of range", f"give a number from {least} to {most}{note}"
 
     return rule
 
@@ -216,14 +230,17 @@ def _frames(value):
         return "is not of the form 1 + 4n", f"give {below} or {below + STRIDE}"
 
 
-def _sides(value):
-    if not isinstance(value, tuple) or len(value) != 2:
-        return "is not a height and a width", "give HxW, such as 480x832"
-    if any(type(side) is not int or not MULTIPLE <= side <= 8192 for side in value):
-        return "is out of range", f"give sides from {MULTIPLE} to 8192 pixels, multiples of {MULTIPLE}"
-    if any(side % MULTIPLE for side in value):
-        height, width = (max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in value)
-        return f"has a side that is not a multiple of {MULTIPLE}", f"the nearest is {height}x{width}"
+def _sides(multiple: int) -> Rule:
+    def rule(value):
+        if not isinstance(value, tuple) or len(value) != 2:
+            return "is not a height and a width", "give HxW, such as 480x832"
+        if any(type(side) is not int or not multiple <= side <= 8192 for side in value):
+            return "is out of range", f"give sides from {multiple} to 8192 pixels, multiples of {multiple}"
+        if any(side % multiple for side in value):
+            height, width = (max(multiple, round(side / multiple) * multiple) for side in value)
+            return f"has a side that is not a multiple of {multiple}", f"the nearest is {height}x{width}"
+
+    return rule
 
 
 def _text(value):
@@ -237,13 +254,13 @@ RULES: dict[str, Rule] = {
     "prompt": _text,
     "negative": _text,
     "frames": _frames,
-    "size": _sides,
     "steps": _whole_from(1, 1000),
     "solver": _one_of(SOLVERS),
+    "process": _one_of(PROCESSES),
     "spacing": _one_of(SPACINGS),
-    "shift": _above_zero(1000, "; 1 spaces the steps evenly"),
-    "guidance": _above_zero(100, "; 1 turns guidance off"),
-    "fps": _above_zero(240),
+    "shift": _between(0.01, 1000, "; 1 spaces the steps evenly"),
+    "guidance": _between(0, 100, "; 1 turns guidance off"),
+    "fps": _between(0.1, 240),
     "seed": _whole_from(0, 2**64 - 1),
 }
 
@@ -251,6 +268,8 @@ RULES: dict[str, Rule] = {
 def _check_outputs(request: Request) -> None:
     if request.out.suffix.lower() not in (".mp4", ".gif"):
         raise Refusal("--out", f"{request.out} ends in neither .mp4 nor .gif", "give such a name")
+    if request.out.suffix.lower() == ".gif" and request.fps > 50:
+        raise Refusal("--out", f"a GIF has at most 50 frames a second, not {request.fps:g}", "give an .mp4")
     inputs = {os.path.realpath(keep.path) for keep in request.keeps}
     for path in request.outputs:
         if os.path.realpath(path) in inputs:

@@ -13,7 +13,7 @@ from fvdm_jax.program import leave, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, explain, parse, picture
 
-LONG = 1e14
+LONG = 1e13
 """Operations of the whole run from which on its steps are reported one by one."""
 
 
@@ -41,22 +41,27 @@ def generate(request: Request, stages: Stages):
         from fvdm_jax import checkpoint, tasks, video
 
         _keep_compiled_programs()
-        model = checkpoint.load(request.model)
-        model = model._replace(params=jax.device_put(model.params))
-    vae = model.configs["vae"]
-    height, width = (side // vae.spatial for side in request.size)
-    shape = (1, request.latent_frames, height, width, vae.latent)
+        networks, params = checkpoint.load(request.model)
+        params = jax.device_put(params)
+    height, width = (side // networks.vae.spatial for side in request.size)
+    shape = (1, request.latent_frames, height, width, networks.vae.latent)
 
-    prompts = _read_prompts(model, request, stages)
+    tokens = _tokens(request, networks.text.length)
+    prompts = tuple(_call(stages, "text", networks.read, params, *tokens)[:, None])
     task = tasks.text_to_video(shape)
     for keep in request.keeps:
         with stages("read"):
             clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip))[None]
-        latents = _call(stages, "encode", model.encode, model.params["vae"], clip)
+        latents = _call(stages, "encode", networks.encode, params, clip)
         task = task.keep(latents, keep.first, keep.strength)
 
-    latents = _denoise(model, request, stages, task, prompts)
-    decoded = _call(stages, "decode", model.decode, model.params["vae"], latents)
+    noise = jax.random.normal(_key(request.seed), shape)
+    inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
+    program, steps = _denoiser(request, networks, params, stages)
+    if steps:
+        stages.expect("denoise", steps)
+    latents = _call(stages, "denoise", program, params, *inputs)
+    decoded = _call(stages, "decode", networks.decode, params, latents)
     return video.to_pixels(decoded)[0], jax.devices()[0].device_kind
 
 
@@ -65,54 +70,49 @@ def _schedule(request: Request):
 
     from fvdm_jax.schedule import SPACINGS, schedule
 
-    strength = np.asarray(request.strength, np.float32)
+    strength = np.array(request.strength, np.float32)
     return schedule(SPACINGS[request.spacing](request.steps, request.shift), strength)
 
 
-def _read_prompts(model, request: Request, stages: Stages):
-    """States [1 l e] of the prompt and of the negative prompt."""
+def _tokens(request: Request, length: int):
+    """Tokens and mask, each [2 length], of the prompt and of the negative prompt."""
     from fvdm_jax.models.tokenizer import byte_length, byte_tokens
 
-    length = model.configs["text"].length
     for flag, prompt in (("--prompt", request.prompt), ("--negative", request.negative)):
         if byte_length(prompt) > length:
             print(f"note: {flag} is cut to the {length - 1} bytes that the model reads", file=sys.stderr)
-    tokens, mask = byte_tokens([request.prompt, request.negative], length)
-    states = _call(stages, "text", model.read, model.params["text"], tokens, mask)
-    return states[:1], states[1:]
+    return byte_tokens([request.prompt, request.negative], length)
 
 
-def _denoise(model, request: Request, stages: Stages, task, prompts):
+def _denoiser(request: Request, networks, params: dict, stages: Stages):
+    """The whole of denoising as one function of arrays, and its steps if it reports them to `stages`."""
     import jax
-    import jax.numpy as jnp
 
     from fvdm_jax.guidance import guided
-    from fvdm_jax.process import flow
+    from fvdm_jax.models.dit import PATCH
+    from fvdm_jax.process import PROCESSES
     from fvdm_jax.samplers import SAMPLERS, sample
 
-    network, rows = model.network, _schedule(request)
-    calls = (len(rows) - 1) * (1 if request.guidance == 1 else 2)
-    tokens = task.canvas.size // task.canvas.shape[-1] // 4
-    weights = sum(leaf.size for leaf in jax.tree.leaves(model.params["dit"]))
+    process, sampler = PROCESSES[request.process], SAMPLERS[request.solver]
+    alone = request.guidance == 1 or request.prompt == request.negative
+    height, width = (side // networks.vae.spatial // PATCH for side in request.size)
+    tokens = request.latent_frames * height * width * request.steps * (1 if alone else 2)
     # A program that reports its steps cannot be kept in the compilation cache, so short ones do not.
-    watched = 2.0 * weights * tokens * calls > LONG
+    watched = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(params["dit"])) * tokens > LONG
 
     def program(params, prompts, scale, noise, canvas, rows):
         text, negative = prompts
-        apply = partial(network, params)
-        denoise = guided(flow, apply, text, None if request.guidance == 1 else negative, scale)
+        denoise = guided(
+            process, partial(networks.velocity, params), text, None if alone else negative, scale
+        )
 
         def reporting(x, level):
             jax.debug.callback(stages.step)
             return denoise(x, level)
 
-        return sample(flow, reporting if watched else denoise, SAMPLERS[request.solver], noise, canvas, rows)
+        return sample(process, reporting if watched else denoise, sampler, noise, canvas, rows)
 
-    noise = jax.random.normal(_key(request.seed), task.canvas.shape)
-    inputs = (prompts, jnp.float32(request.guidance), noise, task.canvas, rows)
-    if watched:
-        stages.expect("denoise", len(rows) - 1)
-    return _call(stages, "denoise", program, model.params["dit"], *inputs)
+    return program, request.steps if watched else None
 
 
 def _key(seed: int):
@@ -130,7 +130,9 @@ def _call(stages: Stages, stage: str, function: Callable, *inputs):
     with stages("compile"):
         program = jax.jit(function).lower(*inputs).compile()
     with stages(stage):
-        return jax.block_until_ready(program(*inputs))
+        result = jax.block_until_ready(program(*inputs))
+        jax.effects_barrier()
+        return result
 
 
 def _keep_compiled_programs() -> None:
@@ -138,7 +140,10 @@ def _keep_compiled_programs() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        except RuntimeError:
+            return  # A user without a home has no cache.
         jax.config.update("jax_compilation_cache_dir", str(cache / "fvdm_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -25,7 +25,8 @@ def sigmas(steps: int, shift: float = 5.0) -> Sigmas:
     """Levels [steps + 1] of Wan's UniPC: evenly from 0.999 to 0, then shifted.
 
     Raises ValueError unless steps ≥ 1 and shift > 0. Source: Wan 2.1 and 2.2, FlowUniPCMultistepScheduler;
-    after shift 5 the path starts at 0.9998, so the solver never meets α = 0.
+    after shift 5 the path starts at 0.9998, so the solver never meets α = 0. Wan starts from the noise
+    itself; here it is mixed at that level, and so 0.02 % smaller.
     """
     return _shifted(_evenly(float(np.float32(0.999)), steps), shift)
 

@@ -39,10 +39,12 @@ class Task(NamedTuple):
             np.abs(np.asarray(strength) - 0.5) <= 0.5
         ):
             raise ValueError(f"strength is {strength}; give 0 (keep) to 1 (generate)")
-        frames = slice(start, start + k)
+        frames, loose = slice(start, start + k), jnp.broadcast_to(jnp.float32(strength), (k,))
+        # The path starts just below pure noise, so a clip to be ignored must not be on the canvas either.
+        given = jnp.where(loose[None, :, None, None, None] < 1, clip, 0)
         return Task(
-            self.canvas.at[:, frames].set(clip.astype(self.canvas.dtype)),
-            self.strength.at[frames].set(jnp.asarray(strength, self.strength.dtype)),
+            self.canvas.at[:, frames].set(given.astype(self.canvas.dtype)),
+            self.strength.at[frames].set(loose),
         )
 
 

@@ -14,6 +14,10 @@ from fvdm_jax.program import Refusal
 __all__ = ["Media", "contact_sheet", "probe", "read", "to_pixels", "to_unit", "write_gif", "write_mp4"]
 
 
+STRIDE = 4
+"""Pixel frames that a latent frame after the first stands for."""
+
+
 def to_unit(pixels: np.ndarray) -> np.ndarray:
     """Pixels (uint8) as float32 in −1 … 1."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1
@@ -82,7 +86,7 @@ def write_mp4(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> 
 
 
 def write_gif(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> None:
-    """Writes uint8 [t H W 3] as a GIF that repeats, all frames in one palette."""
+    """Writes uint8 [t H W 3] as a GIF that repeats, all frames in one palette; fps at most 50."""
     from PIL import Image
 
     _check_pixels(pixels)
@@ -94,7 +98,7 @@ def write_gif(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> 
     ]
     # GIF counts in hundredths of a second; rounding the sum keeps the clip at its length.
     ends = np.rint(np.arange(len(pixels) + 1) * 100 / fps).astype(int)
-    durations = [10 * max(2, int(d)) for d in np.diff(ends)]
+    durations = (10 * np.diff(ends)).tolist()
     frames[0].save(
         path,
         "GIF",
@@ -138,8 +142,8 @@ def _mark(draw, corner: tuple[int, int], width: int, frame: int, strength: Seque
     """The tick and number of a frame and, where it was kept, a line, below the picture with this corner."""
     from PIL import ImageFont
 
-    (x, y), latent = corner, (frame + 3) // 4
-    begins = frame == 0 or frame % 4 == 1
+    (x, y), latent = corner, (frame + STRIDE - 1) // STRIDE
+    begins = frame == 0 or frame % STRIDE == 1
     colour = BRIGHT if begins else DIM
     draw.line([(x, y + 5), (x, y + (19 if begins else 12))], colour)
     draw.text((x + 5, y + 6), str(frame), colour, ImageFont.load_default(12))

@@ -33,6 +33,17 @@ def test_a_rule_without_its_tensor_and_a_missing_layer_are_named(key):
         convert(RULES, rest, p=2)
 
 
+def test_stacks_of_unequal_depth_and_double_claims_are_refused():
+    norms = {f"blocks.{i}.norm.weight": np.zeros(2, np.float32) for i in range(10)}
+    with pytest.raises(KeyError, match=r"stacks of unequal depth: \[10, 11\]"):
+        convert([*RULES, Rule("blocks.*.norm.weight", "blocks/norm/scale", "d -> d")], TENSORS | norms, p=2)
+    with pytest.raises(KeyError, match=r"two rules claim: \['head.weight'\]"):
+        convert([*RULES, Rule("head.weight", "other", "o i -> i o")], TENSORS, p=2)
+    tail = {"tail.weight": np.zeros(2, np.float32)}
+    with pytest.raises(KeyError, match="two rules put a tensor at head/kernel"):
+        convert([*RULES, Rule("tail.weight", "head/kernel", "d -> d")], TENSORS | tail, p=2)
+
+
 def test_what_comes_out_is_contiguous():
     """A strided array is stored wrong by some versions of safetensors."""
     tree = convert(RULES, TENSORS, p=2)

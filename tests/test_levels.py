@@ -86,6 +86,12 @@ def test_the_law_of_pusa():
     assert abs((levels >= 0.875).mean() - 0.419) < 0.018
 
 
+@pytest.mark.parametrize("shift", [0, -1.0, float("nan"), float("inf")])
+def test_impossible_shifts_are_refused(shift):
+    with pytest.raises(ValueError, match="shift is"):
+        shifted(scalar, shift)
+
+
 def test_shift_1_changes_nothing_and_options_pass_through():
     np.testing.assert_allclose(drawn(shifted(per_frame, 1.0), 9, 3), drawn(per_frame, 9, 3), atol=1e-7)
     equal = drawn(shifted(ptss, 5.0), 9, 3, probability=0.0)

@@ -25,6 +25,7 @@ from fvdm_jax.sample import _key, generate, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = {
+    "process": "flow",
     "prompt": "a red circle", "negative": "", "frames": 9, "size": [32, 48], "steps": 3, "solver": "unipc",
     "spacing": "wan", "shift": 3.0, "guidance": 2.0, "fps": 8,
 }  # fmt: skip
@@ -35,7 +36,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     vae = VAEConfig(8, 8, 4, (0.1,) * 4, (2.0,) * 4, (1, 1, 1), (True, True), 1, 2, True)
     text = TextConfig(259, 16, 2, 8, 32, 1, length=24, dtype="float32")
-    dit = DiTConfig(32, 64, 2, 2, 4, 4, text_width=16, text_length=24, dtype="float32")
+    dit = DiTConfig(32, 64, 2, 2, 4, 4, text_width=16, dtype="float32")
     latents, states = jnp.zeros((1, 1, 4, 4, 4)), jnp.zeros((1, 24, 16))
     inputs = {
         "vae": (VAE(vae), jnp.zeros((1, 5, 32, 32, 3))),
@@ -52,8 +53,8 @@ def model(tmp_path_factory) -> Path:
             for leaf in leaves
         ]
         params[name] = tree.unflatten(drawn)
-    configs = {"vae": vae, "text": text, "dit": dit}
-    checkpoint.save(folder, checkpoint.Model(configs, params), {"sampling": SAMPLING})
+    networks = checkpoint.Networks(dit=dit, vae=vae, text=text)
+    checkpoint.save(folder, networks, params, {"sampling": SAMPLING})
     return folder
 
 
@@ -106,9 +107,9 @@ def test_small_seeds_are_jaxs():
 
 def reconstructed(model: Path, pixels: np.ndarray) -> np.ndarray:
     """The clip [t H W 3] as the VAE of the model shows it."""
-    loaded = checkpoint.load(model)
-    latents = loaded.encode(loaded.params["vae"], video.to_unit(pixels)[None])
-    return video.to_pixels(loaded.decode(loaded.params["vae"], latents))[0].astype(int)
+    networks, params = checkpoint.load(model)
+    latents = networks.encode(params, video.to_unit(pixels)[None])
+    return video.to_pixels(networks.decode(params, latents))[0].astype(int)
 
 
 def test_what_is_kept_is_in_the_video(sample, model):
@@ -180,7 +181,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path):
     with process:
         assert process.stdout.readline().startswith("21 latent frames")
         time.sleep(6)
-        assert process.poll() is None, "it must be at work"
+        assert process.poll() is None, "it must be at work, compiling or denoising"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=5) == 130
         assert process.stderr.read().splitlines()[-1] == "stopped"

@@ -60,6 +60,12 @@ def test_keep_works_inside_jit_and_leaves_its_task_alone():
     assert not np.any(task.canvas)
 
 
+def test_a_clip_with_strength_1_is_as_none():
+    task = text_to_video(SHAPE).keep(clip(3), 0).keep(clip(2, 1), 0, strength=jnp.array([1.0, 0.5]))
+    assert not np.any(task.canvas[:, 0]) and np.array_equal(task.canvas[:, 1], clip(2, 1)[:, 1])
+    assert task.strength.tolist() == [1, 0.5, 0, 1, 1, 1]
+
+
 def test_clips_of_lower_precision_are_kept_as_float32():
     assert text_to_video(SHAPE).keep(jnp.asarray(clip(1), jnp.bfloat16), 0).canvas.dtype == jnp.float32
 

@@ -67,31 +67,23 @@ def caption(scene: Scene, i: int, full: bool = True) -> str:
 
     adjectives = (word(SIZES, scene.size), word(COLOURS, scene.colour))
     motion = ("moves", word(DIRECTIONS, scene.direction), word(SPEEDS, scene.speed))
-    ending = ("and bounces",) if _bounces(scene)[i] else ()
+    ending = ("and bounces",) if _bounces(scene, i) else ()
     place = ("on a", word(BACKGROUNDS, scene.background), word(TONES, scene.tone), "background")
     words = ("a", *adjectives, word(SHAPES, scene.shape), *motion, *ending, *(place if full else ()))
     return " ".join(w for w in words if w)
 
 
-def _travel(scene: Scene):
-    heading = jnp.asarray(list(DIRECTIONS.values()))[scene.direction]
-    return heading * jnp.asarray(list(SPEEDS.values()))[scene.speed][..., None]
+def _bounces(scene: Scene, i: int) -> bool:
+    """Whether the shape of scene `i` meets the edge of a square frame."""
+    margin, travel = _table(SIZES)[scene.size[i]], _table(SPEEDS)[scene.speed[i]]
+    start = np.clip(scene.start[i], margin, 1 - margin)
+    end = start + _table(DIRECTIONS)[scene.direction[i]] * travel
+    return bool(np.any((end < margin - 1e-3) | (end > 1.001 - margin)))
 
 
-def _margin(scene: Scene, aspect: float):
-    """Half the shape in units of the frame, (x, y)."""
-    radius = jnp.asarray(list(SIZES.values()))[scene.size]
-    return jnp.stack([radius / aspect, radius], -1)
-
-
-def _bounces(scene: Scene, aspect: float = 1.0) -> np.ndarray:
-    end, margin = np.clip(scene.start, *_room(scene, aspect)) + _travel(scene), _margin(scene, aspect)
-    return np.asarray(jnp.any((end < margin - 1e-3) | (end > 1.001 - margin), -1))
-
-
-def _room(scene: Scene, aspect: float):
-    margin = np.asarray(_margin(scene, aspect))
-    return margin, 1 - margin
+def _table(words: dict) -> np.ndarray:
+    """What the words stand for, as an array that their indices go into."""
+    return np.array(list(words.values()), np.float32)
 
 
 def moving_shapes(scene: Scene, frames: int, height: int, width: int) -> Video:
@@ -105,9 +97,9 @@ def _draw(scene: Scene, frames: int, height: int, width: int) -> Float[Array, "t
     y, x = _pixels(height, width)
     x = (x - rearrange(centre[:, 0], "t -> t 1 1")) * aspect
     y = rearrange(y, "h -> h 1") - rearrange(centre[:, 1], "t -> t 1 1")
-    radius = jnp.asarray(list(SIZES.values()))[scene.size]
+    radius = jnp.asarray(_table(SIZES))[scene.size]
     cover = jnp.clip(0.5 - _distance(x, y, radius)[scene.shape] * height, 0, 1)[..., None]
-    shade = jnp.asarray(list(COLOURS.values()))[scene.colour]
+    shade = jnp.asarray(_table(COLOURS))[scene.colour]
     behind = _background(scene, height, width)
     return 2 * (cover * shade + (1 - cover) * behind) - 1
 
@@ -119,10 +111,12 @@ def _pixels(height: int, width: int) -> tuple[Float[Array, "H"], Float[Array, "W
 
 def _path(scene: Scene, frames: int, aspect: float) -> Float[Array, "t xy"]:
     """Centres of the shape, reflected between the walls."""
-    margin = _margin(scene, aspect)
+    radius = jnp.asarray(_table(SIZES))[scene.size]
+    margin = jnp.stack([radius / aspect, radius])
     room = 1 - 2 * margin
+    travel = jnp.asarray(_table(DIRECTIONS))[scene.direction] * jnp.asarray(_table(SPEEDS))[scene.speed]
     way = jnp.clip(scene.start, margin, 1 - margin) - margin
-    way = way + jnp.linspace(0, 1, frames)[:, None] * _travel(scene)
+    way = way + jnp.linspace(0, 1, frames)[:, None] * travel
     folded = jnp.abs((way + room) % (2 * room) - room)
     return margin + folded
 
@@ -149,7 +143,7 @@ def _background(scene: Scene, height: int, width: int) -> Float[Array, "1 H W 3"
     checkered = 0.12 * jnp.clip(6 * wave_x * wave_y, -1, 1)
     cloudy = 0.13 * cloud(key, height, width)
     relief = jnp.take(jnp.stack([plain, striped, checkered, cloudy]), scene.background, axis=0)
-    tone = jnp.asarray(list(TONES.values()))[scene.tone]
+    tone = jnp.asarray(_table(TONES))[scene.tone]
     return jnp.clip(tone + relief[None, ..., None], 0, 1)
 
 

@@ -14,14 +14,26 @@ def xla(q: Heads, k: Heads, v: Heads) -> Heads:
     # network's output. In bfloat16 the difference would be rounded, for nothing.
     origin = v[:, -1:] if v.dtype == jnp.float32 else jnp.zeros_like(v[:, -1:])
     # jax.nn widens the scores by implicit promotion, which strict mode forbids.
-    with jax.numpy_dtype_promotion("standard"):
+    precision = jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision.name.lower()):
         return jax.nn.dot_product_attention(q, k, v - origin, implementation="xla") + origin
 
 
 def cudnn(q: Heads, k: Heads, v: Heads) -> Heads | None:
-    """cuDNN's fused kernel; declines off a GPU, in float32 and for head widths it does not take."""
-    declined = jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8
-    return None if declined else jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    """cuDNN's fused kernel; declines off NVIDIA's GPUs, in float32, and for heads it does not take."""
+    width = q.shape[-1]
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return None
+    # Hopper and later take heads of 256, but 128 is the widest in use besides the VAE's one of 384 and more.
+    if width % 8 or width > 128 or not _is_nvidia():
+        return None
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def _is_nvidia() -> bool:
+    """Whether the default device is an NVIDIA GPU of a generation that cuDNN's kernel runs on."""
+    capability = jax.devices()[0].compute_capability
+    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
 
 
 IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla}

@@ -18,7 +18,7 @@ from fvdm_jax.kernels.attention import attention
 from fvdm_jax.models.layers import Dense, LayerNorm, RMSNorm, layer_norm, named, rope_table, rotate, sinusoid
 from fvdm_jax.shapes import Latents, Levels, TextStates
 
-FrameTokens = Float[Array, "b f s d"]
+FrameTokens = Float[Array, "b f n d"]
 
 PATCH = 2
 """A token is PATCH × PATCH latent pixels of one frame."""
@@ -39,7 +39,6 @@ class DiTConfig:
     channels_in: int = 16
     channels_out: int = 16
     text_width: int = 4096
-    text_length: int = 512
     image_width: int = 0
     image_tokens: int = 0
     dtype: str = "bfloat16"
@@ -92,7 +91,7 @@ class Attention(nn.Module):
 
     def _heads(self, name, x, norm=None):
         y = Dense(self.config.width, ("embed", "heads"), self.config.dtype, name=name)(x)
-        y = y if norm is None else RMSNorm(name_="heads", name=norm)(y)
+        y = y if norm is None else RMSNorm(axis="heads", name=norm)(y)
         return rearrange(y, "b n (a k) -> b n a k", a=self.config.heads)
 
 
@@ -135,10 +134,10 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split_modulation(table, embedded)
 
         def flat(y):
-            return rearrange(y.astype(dtype), "b f s d -> b (f s) d")
+            return rearrange(y.astype(dtype), "b f n d -> b (f n) d")
 
         def framed(y):
-            return rearrange(y, "b (f s) d -> b f s d", f=frames)
+            return rearrange(y, "b (f n) d -> b f n d", f=frames)
 
         y = flat(layer_norm(x) * (1 + scale_a) + shift_a)
         y = framed(Attention(c, name="self_attn")(y, y, rope=rope))
@@ -182,7 +181,10 @@ class ImageEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens to patches of velocity, modulated by the time embedding itself, not its projection."""
+    """Tokens to patches of velocity, modulated by the time embedding itself, not its projection.
+
+    In float32, as Wan has it: guidance would multiply any rounding of the velocity.
+    """
 
     config: DiTConfig
 
@@ -191,19 +193,19 @@ class Head(nn.Module):
         c = self.config
         table = modulation_table(self, 2, c.width)
         shift, scale = split_modulation(table, rearrange(embedded, "b f d -> b f 1 d"))
-        x = (layer_norm(x) * (1 + scale) + shift).astype(c.dtype)
+        x = layer_norm(x) * (1 + scale) + shift
         init = nn.initializers.zeros
-        return Dense(
-            PATCH * PATCH * c.channels_out, ("embed", "patch"), c.dtype, initializer=init, name="out"
-        )(x)
+        return Dense(PATCH**2 * c.channels_out, ("embed", "patch"), "float32", initializer=init, name="out")(
+            x
+        )
 
 
 class DiT(nn.Module):
     """Velocity [b f h w c] of noisy latents x [b f h w c] at a timestep 0 … 1000 for every frame.
 
     `text` [b l e] is zero after each prompt's true length and is attended unmasked, as Wan does; h and w
-    are even. float32 in, float32 out; inside `config.dtype`, with the time embedding, norms, modulation
-    and softmax in float32. `extra` is for the networks with 36 input channels.
+    are even. float32 in, float32 out; inside `config.dtype`, with the time embedding, norms, modulation,
+    softmax and head in float32. `extra` is for the networks with 36 input channels.
     Source: Wan2.1 wan/modules/model.py; per frame as Wan2.2's, with the modulation not repeated per token.
     """
 
@@ -227,7 +229,7 @@ class DiT(nn.Module):
         tokens, _ = _scanned(c)(c, name="blocks")(
             tokens, projected, text, image, rope_table((f, h, w), c.width // c.heads)
         )
-        patches = Head(c, name="head")(tokens, time).astype(jnp.float32)
+        patches = Head(c, name="head")(tokens, time)
         return rearrange(patches, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h, p=PATCH, q=PATCH)
 
 

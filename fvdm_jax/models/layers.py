@@ -18,6 +18,16 @@ def named(init: Callable, *names: str | None) -> Callable:
     return nn.with_logical_partitioning(init, names)
 
 
+def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """That of products of this type: float32 means float32, where TPUs and GPUs would round to less."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    """x·kernel in x's dtype."""
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+
+
 class Dense(nn.Module):
     """x [… in] → [… features]: x·kernel + bias, computed in `dtype` from float32 parameters.
 
@@ -34,10 +44,10 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = self.param("kernel", named(self.initializer, *self.names), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = product(x, kernel)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype)
+            y = y + product(product(x, a), b)
         if self.bias:
             y = y + self.param("bias", named(nn.initializers.zeros, self.names[-1]), (self.features,)).astype(
                 self.dtype
@@ -49,11 +59,11 @@ class RMSNorm(nn.Module):
     """x/√(mean x² + ε)·scale over the last axis; statistics and product in float32, returned in x's dtype."""
 
     epsilon: float = 1e-6
-    name_: str | None = "embed"
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.param("scale", named(nn.initializers.ones, self.name_), (x.shape[-1],))
+        scale = self.param("scale", named(nn.initializers.ones, self.axis), (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)

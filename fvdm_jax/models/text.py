@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from fvdm_jax.models.layers import Dense, RMSNorm, named
+from fvdm_jax.models.layers import Dense, RMSNorm, named, precision
 from fvdm_jax.shapes import Mask, TextStates, Tokens
 
 BUCKETS = 32
@@ -59,7 +59,11 @@ class SelfAttention(nn.Module):
             "positions", named(nn.initializers.normal(0.02), None, "heads"), (BUCKETS, c.heads)
         )
         scores = jnp.einsum(
-            "b n a k, b m a k -> b a n m", heads("q"), heads("k"), preferred_element_type=jnp.float32
+            "b n a k, b m a k -> b a n m",
+            heads("q"),
+            heads("k"),
+            precision=precision(c.dtype),
+            preferred_element_type=jnp.float32,
         )
         scores = scores + rearrange(table.astype(jnp.float32)[buckets], "n m a -> a n m")
         scores = jnp.where(rearrange(mask, "b m -> b 1 1 m"), scores, jnp.finfo(jnp.float32).min)
@@ -101,7 +105,7 @@ class TextEncoder(nn.Module):
         c = self.config
         init = named(nn.initializers.normal(1.0), "vocabulary", "embed")
         embedding = self.param("embedding", init, (c.vocabulary, c.width))
-        x = embedding.astype(c.dtype)[tokens]
+        x = jnp.asarray(embedding, c.dtype)[tokens]
         layers = nn.scan(
             Layer,
             variable_axes={"params": 0, "lora": 0},
