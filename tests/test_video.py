@@ -87,10 +87,22 @@ def test_cmyk_and_grey_and_palettes_are_colours(picture):
     assert seen(picture(Image.fromarray(BARS[..., 0] > 100), "bit.png"))[0, 0].tolist() == [255, 255, 255]
 
 
-def test_a_colour_profile_may_be_useless(picture):
-    """That of sRGB changes nothing, and one that cannot be read is as none."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert np.abs(seen(picture(Image.fromarray(BARS), "s.png", icc_profile=profile)) - BARS).max() <= 1
+def profile(*swapped: bytes) -> bytes:
+    """sRGB's profile, or one whose primaries are exchanged."""
+    content = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for one, other in zip(swapped[::2], swapped[1::2], strict=True):
+        content = content.replace(one, b"....", 1).replace(other, one, 1).replace(b"....", other, 1)
+    return content
+
+
+def test_a_colour_profile_is_applied(picture):
+    """What a profile with red and blue exchanged calls red is blue; also in RGBA, as screenshots are."""
+    exchanged = profile(b"rXYZ", b"bXYZ")
+    for mode in ("RGB", "RGBA"):
+        image = Image.fromarray(BARS).convert(mode)
+        assert np.abs(seen(picture(image, "s.png", icc_profile=profile())) - BARS).max() <= 1
+        found = seen(picture(image, "x.png", icc_profile=exchanged))
+        assert np.abs(found - BARS[..., ::-1]).max() <= 3, mode
     broken = picture(Image.fromarray(BARS), "b.png", icc_profile=b"no profile")
     assert np.abs(seen(broken) - BARS).max() <= 1
 
@@ -159,6 +171,35 @@ def test_an_mp4_comes_back_frame_by_frame(tmp_path):
     # H.264 at crf 16 in 8-bit video range.
     assert np.abs(found[..., 0].mean((1, 2)) - clip[3:20, 0, 0, 0]).max() < 2
     assert np.abs(found.astype(int) - clip[3:20]).max() < 6
+
+
+def test_a_trimmed_clip_is_what_a_player_shows(tmp_path):
+    """Telephones trim by an edit list that skips frames which stay in the file."""
+    path, clip = tmp_path / "a.mp4", ramp(30)
+    video.write_mp4(path, clip, 10)
+    content = bytearray(path.read_bytes())
+    # After the name: version and flags, a count, then the duration in 1/1000 s and the start.
+    duration, start = (content.index(b"elst") + offset for offset in (12, 16))
+    scale = struct.unpack_from(">I", content, content.index(b"mdhd") + 16)[0]
+    struct.pack_into(">I", content, duration, 2000)
+    struct.pack_into(">I", content, start, struct.unpack_from(">I", content, start)[0] + scale)
+    path.write_bytes(content)
+    assert video.probe(path).frames == 20
+    found = video.read(path, 20, (SIDE, 64))
+    assert np.abs(found[..., 0].mean((1, 2)) - clip[10:, 0, 0, 0]).max() < 2
+
+
+def test_a_rotated_clip_stands_upright(tmp_path):
+    """The display matrix in the header of the track, as telephones write it: a quarter turn."""
+    path, wide = tmp_path / "a.mp4", np.broadcast_to(np.hstack([BARS, BARS // 2]), (5, SIDE, 2 * SIDE, 3))
+    video.write_mp4(path, wide, 10)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    struct.pack_into(">9i", content, matrix, 0, 65536, 0, -65536, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    found = video.read(path, 1, (2 * SIDE, SIDE))[0].astype(int)
+    upright = np.rot90(wide[0], -1)
+    assert np.abs(found - upright)[4:-4, 4:-4].mean() < 8
 
 
 def test_colours_survive_an_mp4(tmp_path):
