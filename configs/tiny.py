@@ -220,8 +220,9 @@ def draw(key, batch: int, frames: int):
 
 
 def train_dit(steps: int = DIT_STEPS, batch: int = 16):
-    """Trains the transformer on the store of latents, and the text encoder along with it."""
+    """Trains the transformer on the store of latents, while the text encoder stands still."""
     store, captions, mean, std = load_latents()
+    encoder = load_tree(RUNS / "text.safetensors")["encoder"]
     silence = byte_tokens([""], LONGEST)
 
     def dit_batch(step: int):
@@ -233,13 +234,13 @@ def train_dit(steps: int = DIT_STEPS, batch: int = 16):
 
     def dit_loss(params, data, key):
         clean, tokens, mask = data
-        text = TextEncoder(TEXT_SIZES).apply({"params": params["text"]}, tokens, mask)
+        text = TextEncoder(TEXT_SIZES).apply({"params": encoder}, tokens, mask)
         # As if the captions had been padded to the full length: what follows them is 0, and attended.
         text = jnp.pad(text, ((0, 0), (0, TEXT_SIZES.length - LONGEST), (0, 0)))
         level_key, noise_key = jax.random.split(key)
         level, noise = draw(level_key, *clean.shape[:2]), jax.random.normal(noise_key, clean.shape)
         x = process.mix(process.flow, clean, noise, level)
-        said = DiT(DIT_SIZES).apply({"params": params["dit"]}, x, process.flow.timestep(level), text)
+        said = DiT(DIT_SIZES).apply({"params": params}, x, process.flow.timestep(level), text)
         error = jnp.mean(jnp.square(said - process.flow.target(clean, noise, level)), (2, 3, 4))
         # Nothing can be learnt from clean frames: their noise cannot be seen.
         error = jnp.sum(error * (level > 0)) / jnp.sum(level > 0)
@@ -248,16 +249,15 @@ def train_dit(steps: int = DIT_STEPS, batch: int = 16):
     clean, *words = dit_batch(0)
     text = jnp.zeros((1, TEXT_SIZES.length, TEXT_SIZES.width))
     init = jax.jit(DiT(DIT_SIZES).init)(jax.random.key(0), clean[:1], jnp.zeros((1, clean.shape[1])), text)
-    params = {"dit": nn.meta.unbox(init)["params"], "text": load_tree(RUNS / "text.safetensors")["encoder"]}
-    params = jax.tree.map(jnp.asarray, params)
-    train(params, optimiser(1.5e-3, steps), steps, dit_batch, dit_loss, "dit")
+    train(nn.meta.unbox(init)["params"], optimiser(1.5e-3, steps), steps, dit_batch, dit_loss, "dit")
 
 
 def pack():
     """Puts the trained weights and their configs where the package carries them."""
     *_, mean, std = load_latents()
     vae = dataclasses.replace(VAE_SIZES, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
-    params = {"vae": load_tree(RUNS / "vae.safetensors")} | load_tree(RUNS / "dit.safetensors")
+    params = {name: load_tree(RUNS / f"{name}.safetensors") for name in ("vae", "text", "dit")}
+    params["text"] = params["text"]["encoder"]
     networks = Networks(dit=DIT_SIZES, vae=vae, text=TEXT_SIZES)
     save(ROOT / "fvdm_jax/assets/tiny", networks, params, {"sampling": SAMPLING})
 

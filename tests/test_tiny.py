@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -42,12 +43,11 @@ def test_it_is_small():
 
 
 def test_pictures_survive_its_vae(model):
-    """Textures with a photograph's statistics, and moving shapes to their last frame; by the measured figures."""
+    """Textures with a photograph's statistics, and shapes to their last frame; by the measured figures."""
     networks, params = model
     reconstruct = jax.jit(lambda clip: networks.decode(params, networks.encode(params, clip)))
-    textures = jax.vmap(lambda key: source.textures(key, 1, SIDE, SIDE))(
-        jax.random.split(jax.random.key(9), 8)
-    )
+    keys = jax.random.split(jax.random.key(9), 8)
+    textures = jax.vmap(lambda key: source.textures(key, 1, SIDE, SIDE))(keys)
     assert psnr(reconstruct(textures), textures) > TEXTURES_DB
     clips = source.moving_shapes(source.scenes(np.random.default_rng(9), 4), FRAMES, SIDE, SIDE)
     again = np.asarray(reconstruct(clips))
@@ -131,7 +131,7 @@ def test_a_kept_image_begins_the_video_bit_for_bit(generate, model):
 
 
 def test_it_says_the_same_in_bfloat16(model):
-    """Relative L2 of the velocity; Wan's own bfloat16 is 3e-3 to 6e-3 away on the small networks of the goldens."""
+    """Relative L2 of the velocity; Wan's own bfloat16 is 3e-3 to 6e-3 away on the networks of the goldens."""
     networks, params = model
     side = SIDE // networks.vae.spatial
     x = jax.random.normal(jax.random.key(0), (1, 1 + FRAMES // 4, side, side, networks.dit.channels_in))
@@ -152,3 +152,10 @@ def test_the_program_makes_a_video_without_flags(tmp_path):
     assert video.probe(tmp_path / "a.mp4") == ("video", "mov", SIDE, SIDE, FRAMES)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == SETTINGS["prompt"] and record["seconds"]["denoise"] > 0
+
+
+def test_the_readmes_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    scope: dict = {}
+    exec(code, scope)  # noqa: S102
+    assert scope["video"].shape == (1, FRAMES, SIDE, SIDE, 3) and np.all(np.isfinite(scope["video"]))

@@ -51,8 +51,9 @@ class SelfAttention(nn.Module):
         c = self.config
         inner = c.heads * c.head_width
 
-        def heads(name):
-            y = Dense(inner, ("embed", "heads"), c.dtype, bias=False, name=name)(x)
+        def heads(name, variance=1.0):
+            init = nn.initializers.variance_scaling(variance, "fan_in", "normal")
+            y = Dense(inner, ("embed", "heads"), c.dtype, bias=False, initializer=init, name=name)(x)
             return rearrange(y, "b n (a k) -> b n a k", a=c.heads)
 
         table = self.param(
@@ -60,7 +61,8 @@ class SelfAttention(nn.Module):
         )
         scores = jnp.einsum(
             "b n a k, b m a k -> b a n m",
-            heads("q"),
+            # Scores are not divided by √k, so queries begin smaller by as much, as T5's do.
+            heads("q", 1 / c.head_width),
             heads("k"),
             precision=precision(c.dtype),
             preferred_element_type=jnp.float32,
