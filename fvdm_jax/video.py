@@ -68,7 +68,10 @@ def write_mp4(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> 
     exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate, options={"crf": "16", "preset": "slow"})
+        # x264's macroblock tree encodes small frames differently from run to run; without it the same pixels
+        # are the same file.
+        options = {"crf": "16", "preset": "slow", "x264-params": "no-mbtree=1"}
+        stream = container.add_stream("libx264", rate, options=options)
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 from fvdm_jax import video
 from fvdm_jax.program import Refusal
 from fvdm_jax.request import explain, parse, picture
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLING = {
-    "process": "flow",
-    "prompt": "a red circle", "negative": "", "frames": 33, "size": [64, 64], "steps": 20, "solver": "unipc",
-    "spacing": "wan", "shift": 3.0, "guidance": 3.0, "fps": 16,
-}  # fmt: skip
+SAMPLING = small.SAMPLING | {"frames": 33, "size": [64, 64], "steps": 20}
 
 
 def stored(sampling: dict, **vae) -> dict:

@@ -7,54 +7,25 @@ import sys
 import time
 from pathlib import Path
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from PIL import Image
 
 from fvdm_jax import checkpoint, video
-from fvdm_jax.models.dit import DiT, DiTConfig
-from fvdm_jax.models.text import TextConfig, TextEncoder
-from fvdm_jax.models.vae import VAE, VAEConfig
 from fvdm_jax.program import run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import parse
 from fvdm_jax.sample import _key, generate, main
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLING = {
-    "process": "flow",
-    "prompt": "a red circle", "negative": "", "frames": 9, "size": [32, 48], "steps": 3, "solver": "unipc",
-    "spacing": "wan", "shift": 3.0, "guidance": 2.0, "fps": 8,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    vae = VAEConfig(8, 8, 4, (0.1,) * 4, (2.0,) * 4, (1, 1, 1), (True, True), 1, 2, True)
-    text = TextConfig(259, 16, 2, 8, 32, 1, length=24, dtype="float32")
-    dit = DiTConfig(32, 64, 2, 2, 4, 4, text_width=16, dtype="float32")
-    latents, states = jnp.zeros((1, 1, 4, 4, 4)), jnp.zeros((1, 24, 16))
-    inputs = {
-        "vae": (VAE(vae), jnp.zeros((1, 5, 32, 32, 3))),
-        "text": (TextEncoder(text), jnp.zeros((1, 24), jnp.int32), jnp.ones((1, 24), bool)),
-        "dit": (DiT(dit), latents, jnp.zeros((1, 1)), states),
-    }
-    params = {}
-    for name, (network, *arguments) in inputs.items():
-        shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.key(0), *arguments))["params"]
-        leaves, tree = jax.tree.flatten(shapes)
-        rng = np.random.default_rng(0)
-        drawn = [
-            rng.normal(size=leaf.shape).astype(np.float32) * max(leaf.shape[-2:-1] or (1,)) ** -0.5
-            for leaf in leaves
-        ]
-        params[name] = tree.unflatten(drawn)
-    networks = checkpoint.Networks(dit=dit, vae=vae, text=text)
-    checkpoint.save(folder, networks, params, {"sampling": SAMPLING})
+    small.save(folder)
     return folder
 
 

@@ -15,7 +15,17 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fvdm_jax.kernels.attention import attention
-from fvdm_jax.models.layers import Dense, LayerNorm, RMSNorm, layer_norm, named, rope_table, rotate, sinusoid
+from fvdm_jax.models.layers import (
+    Dense,
+    LayerNorm,
+    RMSNorm,
+    layer_norm,
+    named,
+    rope_table,
+    rotate,
+    sinusoid,
+    stacked,
+)
 from fvdm_jax.shapes import Latents, Levels, TextStates
 
 FrameTokens = Float[Array, "b f n d"]
@@ -226,24 +236,11 @@ class DiT(nn.Module):
         text = MLP(c.width, "gelu", c.dtype, name="text_embedding")(text)
         image = None if extra.image is None else ImageEmbedding(c, name="image_embedding")(extra.image)
 
-        tokens, _ = _scanned(c)(c, name="blocks")(
+        tokens, _ = stacked(Block, c.layers, c.remat)(c, name="blocks")(
             tokens, projected, text, image, rope_table((f, h, w), c.width // c.heads)
         )
         patches = Head(c, name="head")(tokens, time)
         return rearrange(patches, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h, p=PATCH, q=PATCH)
-
-
-def _scanned(config: DiTConfig):
-    """Block, scanned over the layers: one compiled layer whatever the depth."""
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "lora": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=config.layers,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
 
 
 def abstract(config: DiTConfig):

@@ -89,6 +89,22 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
+def stacked(layer: type[nn.Module], length: int, remat: bool = False):
+    """`layer` scanned over `length` layers: one compiled layer whatever the depth.
+
+    The layer takes (x, *what is the same for all) and gives (x, None). Parameters and adapters are stacked
+    on a first axis named "layers"; with `remat` its insides are computed again for the gradient.
+    """
+    return nn.scan(
+        nn.remat(layer, prevent_cse=False) if remat else layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+
+
 def _leading_bits(x: np.ndarray, bits: int) -> np.ndarray:
     """x with all but the first `bits` bits of its significand set to zero."""
     mantissa, exponent = np.frexp(x)

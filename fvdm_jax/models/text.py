@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from fvdm_jax.models.layers import Dense, RMSNorm, named, precision
+from fvdm_jax.models.layers import Dense, RMSNorm, named, precision, stacked
 from fvdm_jax.shapes import Mask, TextStates, Tokens
 
 BUCKETS = 32
@@ -108,15 +108,7 @@ class TextEncoder(nn.Module):
         init = named(nn.initializers.normal(1.0), "vocabulary", "embed")
         embedding = self.param("embedding", init, (c.vocabulary, c.width))
         x = jnp.asarray(embedding, c.dtype)[tokens]
-        layers = nn.scan(
-            Layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = layers(c, name="layers")(x, mask, relative_buckets(tokens.shape[1]))
+        x, _ = stacked(Layer, c.layers)(c, name="layers")(x, mask, relative_buckets(tokens.shape[1]))
         x = RMSNorm(name="norm")(x).astype(jnp.float32)
         return x * mask[..., None].astype(jnp.float32)
 

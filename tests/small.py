@@ -1,0 +1,46 @@
+"""A model with random weights that is smaller than the bundled one, and how it samples."""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from fvdm_jax import checkpoint
+from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.models.text import TextConfig
+from fvdm_jax.models.vae import VAEConfig
+
+SAMPLING = {
+    "process": "flow",
+    "prompt": "a red circle",
+    "negative": "",
+    "frames": 9,
+    "size": [32, 48],
+    "steps": 3,
+    "solver": "unipc",
+    "spacing": "wan",
+    "shift": 3.0,
+    "guidance": 2.0,
+    "fps": 8,
+}
+NETWORKS = checkpoint.Networks(
+    dit=DiTConfig(32, 64, 2, 2, 4, 4, text_width=16, dtype="float32"),
+    vae=VAEConfig(8, 8, 4, (0.1,) * 4, (2.0,) * 4, (1, 1, 1), (True, True), 1, 2, True),
+    text=TextConfig(259, 16, 2, 8, 32, 1, length=24, dtype="float32"),
+)
+
+
+def save(folder: Path) -> None:
+    """Writes the model to a folder; weights are normal, divided by the root of what goes into each output."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
+        return (rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32)
+
+    params = {
+        name: jax.tree.map(draw, nn.meta.unbox(abstract(getattr(NETWORKS, name))))
+        for name, (_, abstract) in checkpoint.KINDS.items()
+    }
+    checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})
