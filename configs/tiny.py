@@ -34,19 +34,19 @@ from fvdm_jax.models.vae import VAE, VAEConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/tiny"
-LATENT = 32
-"""Channels: twice Wan's, since so small a VAE squeezes less."""
+WIDE, LATENT = 32, 16
+"""Channels of the latents while the VAE is trained, and of those that are kept."""
 
-UNIT = (0.0,) * LATENT, (1.0,) * LATENT
+UNIT = (0.0,) * WIDE, (1.0,) * WIDE
 VAE_SIZES = VAEConfig(
-    16, 32, LATENT, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
+    16, 32, WIDE, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
 )
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
 DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
 FRAMES, SIDE, CLIPS = 25, 80, 12000
 
-VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1200, 3600
+VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1200, 2700
 VAE_SIDE, IMAGE_BATCH, CLIP_BATCH = 64, (12, 1, 64), (2, 33, 32)
 """Pixels in which scenes are drawn for the VAE; count, frames and side of a batch of images and of clips."""
 KL = 1e-4
@@ -67,10 +67,14 @@ SAMPLING = {
 }
 
 
-def optimiser(rate: float, steps: int):
-    """AdamW, warmed up and let down along a cosine, gradients clipped."""
+def optimiser(rate: float, steps: int, first: int = 0):
+    """AdamW, warmed up and let down along a cosine, gradients clipped; going on, it is warmed up again."""
     plan = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 50)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(plan, b2=0.99, weight_decay=1e-3))
+
+    def learning_rate(step):
+        return plan(step + first) * jnp.minimum(1.0, (step + 1) / (steps // 20))
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-3))
 
 
 def vae_batch(step: int):
@@ -105,7 +109,7 @@ def vae_loss(params, video, key):
 def train_vae(steps: int = VAE_STEPS):
     """Trains the VAE and stores it in RUNS, with the latents' mean and spread still 0 and 1."""
     params = nn.meta.unbox(jax.jit(VAE(VAE_SIZES).init)(jax.random.key(0), vae_batch(0)))["params"]
-    train(params, optimiser(2e-3, steps), steps, vae_batch, vae_loss, "vae")
+    train(params, optimiser(2e-3, steps), range(steps), vae_batch, vae_loss, "vae")
 
 
 def train(params, tx, steps, batch, loss, name):
@@ -123,15 +127,15 @@ def train(params, tx, steps, batch, loss, name):
     print(name, sum(x.size for x in jax.tree.leaves(params)), "parameters", flush=True)
     average, state = jax.tree.map(jnp.array, params), tx.init(params)
     began, errors = time.time(), []
-    for step in range(steps):
-        key, decay = jax.random.fold_in(jax.random.key(2), step), min(0.998, step / (step + 10))
+    for count, step in enumerate(steps):
+        key, decay = jax.random.fold_in(jax.random.key(2), step), min(0.998, count / (count + 10))
         params, average, state, error = update(params, average, state, batch(step), key, decay)
         errors.append(error)
-        if step % 100 == 99 or step == steps - 1:
+        if step % 100 == 99 or step == steps[-1]:
             mean = float(np.mean(errors))
             if not np.isfinite(mean):
                 raise SystemExit(f"{name}: loss is {mean} between steps {step - 99} and {step}")
-            print(f"{name} {step + 1}/{steps} loss {mean:.5f} {time.time() - began:.0f} s", flush=True)
+            print(f"{name} {step + 1}/{steps.stop} loss {mean:.5f} {time.time() - began:.0f} s", flush=True)
             errors = []
             save_tree(RUNS / f"{name}.safetensors", average)
 
@@ -172,7 +176,7 @@ def train_text(steps: int = TEXT_STEPS):
     encoder = nn.meta.unbox(jax.jit(TextEncoder(TEXT_SIZES).init)(jax.random.key(0), tokens, mask))["params"]
     reader = jnp.zeros((TEXT_SIZES.width, sum(CLASSES)))
     params = {"encoder": encoder, "reader": reader}
-    train(params, optimiser(2e-3, steps), steps, text_batch, text_loss, "text")
+    train(params, optimiser(2e-3, steps), range(steps), text_batch, text_loss, "text")
 
 
 def store_latents(clips: int = CLIPS):
@@ -187,7 +191,7 @@ def store_latents(clips: int = CLIPS):
         return VAE(VAE_SIZES).apply({"params": params}, video, method="encode").astype(jnp.float16)
 
     captions, began = [], time.time()
-    size = (clips, 1 + FRAMES // 4, SIDE // VAE_SIZES.spatial, SIDE // VAE_SIZES.spatial, LATENT)
+    size = (clips, 1 + FRAMES // 4, SIDE // VAE_SIZES.spatial, SIDE // VAE_SIZES.spatial, WIDE)
     store = np.lib.format.open_memmap(RUNS / "latents.npy", "w+", np.float16, size)
     for i in range(0, clips, 20):
         scene = source.scenes(np.random.default_rng((4, i)), 16)
@@ -201,17 +205,33 @@ def store_latents(clips: int = CLIPS):
 
 
 def load_latents():
-    """The store [n f h w c], its captions as tokens and mask, and the mean and spread of each channel."""
+    """All stored latents [n f h w c], which of them show shapes, and the captions as tokens and mask."""
     store = np.load(RUNS / "latents.npy", mmap_mode="r")
-    sample = np.asarray(store[::7], np.float32)
-    tokens = byte_tokens(json.loads((RUNS / "captions.json").read_text()), LONGEST)
-    return store, tokens, sample.mean((0, 1, 2, 3)), sample.std((0, 1, 2, 3))
+    captions = json.loads((RUNS / "captions.json").read_text())
+    shapes = np.flatnonzero([caption != "textures drift" for caption in captions])
+    return store, shapes, byte_tokens(captions, LONGEST)
 
 
-def draw(key, batch: int, frames: int):
-    """Levels [b f]: PTSS at ½, shifted towards noise, and in half of the clips clean frames at either end."""
+def principal(store):
+    """The directions [WIDE LATENT] in which latents vary most, and mean and spread [LATENT] along them.
+
+    A few directions carry almost everything: the first of the 32 has a thousand times the power of the last,
+    which a denoiser would learn as eagerly. The spread is between what it is and its average, so that large
+    and small components lie closer together and are not quite alike. The directions are those of the latents
+    themselves, not of their deviation from a mean, so that they pass through a convolution's zero padding.
+    """
+    sample = np.asarray(store[::6], np.float64).reshape(-1, WIDE)
+    power, directions = np.linalg.eigh(sample.T @ sample / len(sample))
+    directions = directions[:, ::-1][:, :LATENT]
+    along = sample @ directions
+    spread = np.sqrt(along.std(0) * np.mean(along.std(0)))
+    return directions, along.mean(0), spread
+
+
+def draw(key, batch: int, frames: int, probability):
+    """Levels [b f]: PTSS, shifted towards noise, and in half of the clips clean frames at either end."""
     apart, coin, first, last = jax.random.split(key, 4)
-    level = levels.shifted(levels.ptss, SAMPLING["shift"])(apart, batch, frames, probability=0.5)
+    level = levels.shifted(levels.ptss, SAMPLING["shift"])(apart, batch, frames, probability=probability)
     at, frame = jnp.arange(frames), (batch, 1)
     head = jax.random.randint(first, frame, 0, 5)
     tail = jnp.maximum(jax.random.randint(last, frame, -1, 3), 0)
@@ -219,26 +239,35 @@ def draw(key, batch: int, frames: int):
     return jnp.where(kept, 0.0, level)
 
 
-def train_dit(steps: int = DIT_STEPS, batch: int = 16):
-    """Trains the transformer on the store of latents, while the text encoder stands still."""
-    store, captions, mean, std = load_latents()
+def train_dit(first: int = 0, steps: int = DIT_STEPS, batch: int = 16):
+    """Trains the transformer on the store of latents, while the text encoder stands still.
+
+    Every other clip has a level for each frame in the first 1000 steps, every fifth in the rest. With `first`
+    it goes on at that step from the stored weights.
+    """
+    store, shapes, captions = load_latents()
+    directions, mean, spread = principal(store)
     encoder = load_tree(RUNS / "text.safetensors")["encoder"]
     silence = byte_tokens([""], LONGEST)
 
     def dit_batch(step: int):
         rng = np.random.default_rng((5, step))
-        chosen = np.sort(rng.choice(len(store), batch, replace=False))
+        chosen = np.sort(rng.choice(shapes, batch, replace=False))
         told = rng.random((batch, 1)) > 0.1
         words = [np.where(told, said[chosen], none) for said, none in zip(captions, silence, strict=True)]
-        return (store[chosen].astype(np.float32) - mean) / std, *words
+        latents = (store[chosen].astype(np.float32) @ directions - mean) / spread
+        return latents.astype(np.float32), *words, np.float32(0.5 if step < 1000 else 0.2)
 
     def dit_loss(params, data, key):
-        clean, tokens, mask = data
+        clean, tokens, mask, probability = data
         text = TextEncoder(TEXT_SIZES).apply({"params": encoder}, tokens, mask)
         # As if the captions had been padded to the full length: what follows them is 0, and attended.
         text = jnp.pad(text, ((0, 0), (0, TEXT_SIZES.length - LONGEST), (0, 0)))
         level_key, noise_key = jax.random.split(key)
-        level, noise = draw(level_key, *clean.shape[:2]), jax.random.normal(noise_key, clean.shape)
+        level, noise = (
+            draw(level_key, *clean.shape[:2], probability),
+            jax.random.normal(noise_key, clean.shape),
+        )
         x = process.mix(process.flow, clean, noise, level)
         said = DiT(DIT_SIZES).apply({"params": params}, x, process.flow.timestep(level), text)
         error = jnp.mean(jnp.square(said - process.flow.target(clean, noise, level)), (2, 3, 4))
@@ -249,16 +278,52 @@ def train_dit(steps: int = DIT_STEPS, batch: int = 16):
     clean, *words = dit_batch(0)
     text = jnp.zeros((1, TEXT_SIZES.length, TEXT_SIZES.width))
     init = jax.jit(DiT(DIT_SIZES).init)(jax.random.key(0), clean[:1], jnp.zeros((1, clean.shape[1])), text)
-    train(nn.meta.unbox(init)["params"], optimiser(1.5e-3, steps), steps, dit_batch, dit_loss, "dit")
+    params = jax.tree.map(jnp.asarray, load_tree(RUNS / "dit.safetensors")) if first else init["params"]
+    tx = optimiser(2e-3, steps, first)
+    train(nn.meta.unbox(params), tx, range(first, steps), dit_batch, dit_loss, "dit")
+
+
+def narrowed(params, directions):
+    """The VAE's parameters with latents along `directions` only, folded into the convolutions around them.
+
+    Exact but for two things: the posterior has no spread any more, and what the decoder's bias says outside
+    of these directions is taken to hold at the borders too.
+    """
+    encoder, decoder = (dict(params[side]) for side in ("encoder", "decoder"))
+    last, quant = encoder["conv_out"], encoder["quant"]
+    onto = quant["kernel"][0, 0, 0, :, :WIDE] @ directions
+    silent = [(0, 0)] * 4 + [(0, LATENT)]
+    encoder["conv_out"] = {
+        "kernel": np.pad(last["kernel"] @ onto, silent),
+        "bias": np.pad(last["bias"] @ onto + quant["bias"][:WIDE] @ directions, (0, LATENT)),
+    }
+    spreadless = np.repeat([0.0, -20.0], LATENT)
+    encoder["quant"] = {"kernel": np.eye(2 * LATENT)[None, None, None], "bias": spreadless}
+    kernel, bias = decoder["post_quant"]["kernel"][0, 0, 0], decoder["post_quant"]["bias"]
+    across, within = np.linalg.qr((directions.T @ kernel).T)
+    decoder["post_quant"] = {"kernel": within.T[None, None, None], "bias": bias @ across}
+    first, rest = decoder["conv_in"]["kernel"], bias - bias @ across @ across.T
+    decoder["conv_in"] = {
+        "kernel": np.einsum("ik,thwio->thwko", across, first),
+        "bias": decoder["conv_in"]["bias"] + np.einsum("i,thwio->o", rest, first),
+    }
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def vae():
+    """The VAE that is packed: its config and parameters."""
+    directions, mean, spread = principal(load_latents()[0])
+    params = narrowed(load_tree(RUNS / "vae.safetensors"), directions)
+    statistics = {"mean": tuple(map(float, mean)), "std": tuple(map(float, spread))}
+    return dataclasses.replace(VAE_SIZES, latent=LATENT, **statistics), params
 
 
 def pack():
     """Puts the trained weights and their configs where the package carries them."""
-    *_, mean, std = load_latents()
-    vae = dataclasses.replace(VAE_SIZES, mean=tuple(map(float, mean)), std=tuple(map(float, std)))
-    params = {name: load_tree(RUNS / f"{name}.safetensors") for name in ("vae", "text", "dit")}
-    params["text"] = params["text"]["encoder"]
-    networks = Networks(dit=DIT_SIZES, vae=vae, text=TEXT_SIZES)
+    config, params = vae()
+    networks = Networks(dit=DIT_SIZES, vae=config, text=TEXT_SIZES)
+    text, dit = load_tree(RUNS / "text.safetensors")["encoder"], load_tree(RUNS / "dit.safetensors")
+    params = {"vae": params, "text": text, "dit": dit}
     save(ROOT / "fvdm_jax/assets/tiny", networks, params, {"sampling": SAMPLING})
 
 

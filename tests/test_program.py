@@ -21,12 +21,10 @@ def python():
     with contextlib.ExitStack() as started:
 
         def start(code: str, *arguments: str) -> subprocess.Popen:
-            command = [
-                sys.executable,
-                "-c",
-                "import sys; from fvdm_jax.program import *\n" + code,
-                *arguments,
-            ]
+            # Tests that run in the background ignore Ctrl-C, and so would what they start.
+            listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            code = listen + "import sys; from fvdm_jax.program import *\n" + code
+            command = [sys.executable, "-c", code, *arguments]
             pipe = subprocess.PIPE
             process = started.enter_context(
                 subprocess.Popen(command, cwd=ROOT, text=True, stdout=pipe, stderr=pipe)

@@ -1,6 +1,7 @@
 """The program as a user runs it, on a model with random weights that is smaller than the bundled one."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -141,14 +142,14 @@ def test_damaged_weights_are_refused(sample, model, tmp_path, damage):
 
 
 def test_ctrl_c_leaves_nothing(model, tmp_path):
-    command = [sys.executable, "-m", "fvdm_jax.sample", "--model", str(model), "--steps", "1000"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out.mp4"), "--size", "128x128", "--frames", "81"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    # Tests that run in the background ignore Ctrl-C, and so would what they start.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = listen + "from fvdm_jax.sample import cli; cli()"
+    size = ["--steps", "1000", "--size", "128x128", "--frames", "81"]
+    command = [sys.executable, "-c", code, "--model", str(model), "--out", str(tmp_path / "out.mp4"), *size]
+    environment = os.environ | {"XDG_CACHE_HOME": str(model / "cache")}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
     with process:
         assert process.stdout.readline().startswith("21 latent frames")
         time.sleep(6)

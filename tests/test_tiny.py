@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def test_it_says_the_same_in_bfloat16(model):
 
 def test_the_program_makes_a_video_without_flags(tmp_path):
     command = [sys.executable, "-m", "fvdm_jax.sample", "--out", str(tmp_path / "a.mp4")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert video.probe(tmp_path / "a.mp4") == ("video", "mov", SIDE, SIDE, FRAMES)
     record = json.loads((tmp_path / "a.json").read_text())
