@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,12 @@ def test_buckets_tell_near_positions_apart_and_the_sides():
     assert buckets[0, :9].tolist() == [0, 17, 18, 19, 20, 21, 22, 23, 24]
     assert buckets[8, :9].tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0]
     assert buckets[0, 128:].min() == 31 and buckets[128:, 0].min() == 15
+
+
+def test_buckets_are_umt5s():
+    golden = np.load(Path(__file__).parent / "golden" / "vae22_umt5.npz")["umt5/buckets"]
+    buckets = relative_buckets(512)
+    assert np.array_equal(buckets[511], golden[:512]) and np.array_equal(buckets[0], golden[511:])
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from einops import rearrange
 
 from convert import convert, wan
-from fvdm_jax.models.vae import SIZES, VAE, VAEConfig, abstract
+from fvdm_jax.models.vae import SIZES, VAE, VAEConfig, abstract, average_down, copy_up
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "vae21.npz")
 WAN = SIZES["wan_2_1"]
@@ -73,3 +73,19 @@ def test_a_vae_with_shortcuts_begins_on_any_clip(frames):
     assert jax.tree.all(
         jax.tree.map(lambda a, b: a.shape == b.shape, nn.meta.unbox(shapes), nn.meta.unbox(other))
     )
+
+
+def test_the_shortcuts_of_the_2_2_vae_are_wans():
+    golden = np.load(Path(__file__).parent / "golden" / "vae22_umt5.npz")
+    assert np.array_equal(np.float32(SIZES["wan_2_2"].mean), golden["const/mean"])
+    assert np.array_equal(np.float32(SIZES["wan_2_2"].std), golden["const/std"])
+    down, up = (rearrange(golden[f"op/{part}_in"], "b c t h w -> b t h w c") for part in ("avgdown", "dupup"))
+    ours = {
+        "avgdown_6to12_t2_s2": average_down(down, 12, 2, 2),
+        "avgdown_6to6_t1_s2": average_down(down, 6, 1, 2),
+        "dupup_8to8_t2_s2_first": copy_up(up, 8, 2, 2),
+        "dupup_8to4_t1_s2": copy_up(up, 4, 1, 2),
+    }
+    for name, out in ours.items():
+        expected = rearrange(golden[f"op/{name}"], "b c t h w -> b t h w c")
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-6, err_msg=name)
