@@ -17,18 +17,22 @@ what --keep takes
                           video and every later one is four, so 81 frames of video are 0 to 20.
   0=cat.png               begins with this image       0=cat.png:0.3   begins near it
   last=cat.png            ends with it; an image kept after frame 0 stands still for its four frames
-  0=clip.mp4              begins as the clip begins    last=clip.mp4   ends as the clip ends
+  0=clip.mp4              goes on from the clip: begins with its last frames
+  last=clip.mp4           leads to the clip: ends with its first frames
   0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
   STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what
                           follows the last colon, if that is a number.
-A clip given without a range keeps as many frames as it has and as there is room for; all such clips together
-keep at most half of the video, so that something is left to generate. An animated GIF is a clip.
+A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
+about half of the video. Pictures are scaled to cover the video and cropped to its middle; every frame of a
+clip is taken for one of the video, whatever its rate. What is kept is kept in the space of the VAE, whose decoder
+shows a frame in the light of those before it; after frame 0 a clip begins with one that stands for four. An
+animated GIF is a clip.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """`count` latent frames from `first` on, given by the file; of a clip, its frames from `skip` on."""
+    """`count` latent frames from `first` on, given by the file; of a clip's `total`, frames from `skip` on."""
 
     first: int
     count: int
@@ -36,6 +40,15 @@ class Keep:
     kind: str
     strength: float = 0.0
     skip: int = 0
+    total: int = 1
+
+    @property
+    def note(self) -> str:
+        """Which frames of a clip are used, where it is not all of them; else empty."""
+        if self.kind == "image" or self.frames == self.total:
+            return ""
+        last = self.skip + self.frames - 1
+        return f"note: of {self.path} frames {self.skip} to {last} of {self.total} are used"
 
     @property
     def frames(self) -> int:
@@ -66,7 +79,11 @@ def _asked(text: str, frames: int) -> _Asked:
     if not match or not equals:
         raise Refusal(flag, f"{place!r} is no latent frame" if equals else "has no =FILE", valid)
     first, last = (frames - 1 if at == "last" else int(at) for at in (match[1], match[3] or match[1]))
-    if not first <= last < frames:
+    if last < first < frames:
+        raise Refusal(flag, f"{place} runs backwards", valid)
+    if not file or not file.rpartition(":")[0] and file.startswith(":"):
+        raise Refusal(flag, "names no file", valid)
+    if not last < frames or not first <= last:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
     path, colon, tail = file.rpartition(":")
@@ -94,8 +111,12 @@ def placed(texts: Sequence[str], frames: int) -> tuple[Keep, ...]:
         count = _count(one, held, min(share, _room(one, others, frames)))
         at = one.last + 1 - count if one.form == "end" else one.first
         keep = Keep(at, count, one.path, held.kind, one.strength)
-        skip = held.frames - keep.frames if one.form == "end" else 0
-        keeps.append((keep if held.kind == "image" else dataclasses.replace(keep, skip=skip), one.flag))
+        if held.kind != "image":
+            # The video goes on from a clip at its start, so from the end of that clip.
+            goes_on = one.form == "start" and one.first == 0
+            skip = held.frames - keep.frames if goes_on else 0
+            keep = dataclasses.replace(keep, skip=skip, total=held.frames)
+        keeps.append((keep, one.flag))
     keeps.sort(key=lambda pair: pair[0].first)
     for (one, flag), (other, its) in itertools.pairwise(keeps):
         if one.first + one.count > other.first:

@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
             raise Refusal(
                 given, "belongs to no flag", "quote a value that has spaces; --help lists the flags"
             )
-        near = difflib.get_close_matches(flag, flags, 1, 0.4)
+        near = difflib.get_close_matches(flag, flags, 1, 0.7)
         raise Refusal(flag, "is no flag", f"the nearest is {near[0]}" if near else "--help lists the flags")
 
 

@@ -24,6 +24,7 @@ PATCH = 2
 EPILOG = f"""{GRAMMAR}
 The video goes to --out, and beside it a contact sheet (.png) and every setting (.json). Existing files
 are only replaced with --overwrite, except those of the default name, fvdm.mp4, which each run replaces.
+Compiled programs are kept in ~/.cache/fvdm_jax. --explain looks at neither --out nor the weights.
 """
 
 
@@ -101,7 +102,7 @@ def parse(argv: Sequence[str]) -> Request:
 
 def parser() -> Parser:
     """The flags of the program; those left out are the model's, from the config.json of its folder."""
-    flags = Parser(prog="fvdm_jax.sample", description="Samples a video.", epilog=EPILOG)
+    flags = Parser(prog="fvdm_jax.sample", description="Samples a video.", epilog=EPILOG + _bundled())
     add = flags.add_argument
     add("--prompt", metavar="TEXT", help="what to show; empty: whatever the model likes")
     add("--negative", metavar="TEXT", help="what not to show")
@@ -130,6 +131,14 @@ def parser() -> Parser:
     add("--overwrite", action="store_true", help="replace files that exist")
     add("--explain", action="store_true", help="print the noise level of every frame at every step, and stop")
     return flags
+
+
+def _bundled() -> str:
+    """The settings of the bundled model, for the help."""
+    sampling = json.loads((TINY / "config.json").read_text("utf-8"))["sampling"]
+    values = (f"{name} {'x'.join(map(str, v)) if isinstance(v, list) else v}" for name, v in sampling.items())
+    shown = ", ".join(value for value in values if not value.startswith(("prompt", "negative", "process")))
+    return f"\nSettings of the bundled model where no flag says otherwise: {shown}.\n"
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -300,11 +309,12 @@ def explain(schedule: Sequence[Sequence[float]]) -> str:
         cells = [str(index), *map(_level, column)]
         table = [f"{line}{cell:>4}" for line, cell in zip(table, cells, strict=True)]
     shades = ["".join(_shade(level) for level in row) for row in rows]
-    title = "The noise level of every latent frame (across) after every step (down): 1 noise, 0 clean."
+    title = "The noise level of every latent frame (across) after every step (down): 1 noise, 0 clean;"
+    title += " as shades █ noise … · clean."
     if len(table[0]) + 3 + frames <= 100:
         return "\n".join([title, "", *(f"{a}   {b}" for a, b in zip(table, ["", *shades], strict=True))])
     glance = [f"{name}  {shade}" for name, shade in zip(names, shades, strict=True)]
-    return "\n".join([title, "", *table, "", "At a glance: █ noise … · clean", "", *glance])
+    return "\n".join([title, "", *table, "", "At a glance", "", *glance])
 
 
 def _level(level: float) -> str:

@@ -21,6 +21,10 @@ def main(argv: list[str]) -> None:
     """Samples what `argv` asks for and writes the video, its contact sheet and its settings."""
     request = parse(argv)
     print(picture(request.strength))
+    for note in filter(None, (keep.note for keep in request.keeps)):
+        print(note)
+    if not any(request.strength):
+        print("note: every frame is kept, and nothing is left to generate")
     if request.explain:
         print(explain(_schedule(request)))
         return

@@ -90,9 +90,15 @@ def test_what_is_kept(place, keeps, strength):
     assert "".join("·" if s == 1 else str(int(10 * s)) for s in request.strength) == strength
 
 
-def test_a_clip_at_the_end_is_its_end(place):
+def test_a_video_goes_on_from_the_end_of_a_clip_and_leads_to_the_beginning_of_one(place):
+    (keep,) = ask("--keep", "0=long.mp4").keeps
+    assert (keep.first, keep.count, keep.frames, keep.skip) == (0, 4, 13, 47)
+    assert keep.note == "note: of long.mp4 frames 47 to 59 of 60 are used"
     (keep,) = ask("--keep", "last=long.mp4").keeps
-    assert (keep.first, keep.count, keep.frames, keep.skip) == (5, 4, 13, 47)
+    assert (keep.first, keep.count, keep.frames, keep.skip) == (5, 4, 13, 0)
+    (keep,) = ask("--keep", "2=long.mp4").keeps
+    assert (keep.first, keep.skip) == (2, 0)
+    assert ask("--keep", "0=short.mp4").keeps[0].note == ask("--keep", "0=a.png").keeps[0].note == ""
 
 
 BAD = {
@@ -118,6 +124,9 @@ BAD = {
     "--keep=-1=a.png": "--keep -1=a.png: '-1' is no latent frame",
     "--keep 0=a.png:1.5": "--keep 0=a.png:1.5: the strength 1.5 is outside 0 to 1",
     "--keep 0=a.png:nan": "--keep 0=a.png:nan: the strength nan is outside 0 to 1",
+    "--keep 4-0=short.mp4": "--keep 4-0=short.mp4: 4-0 runs backwards",
+    "--keep 0=": "--keep 0=: names no file",
+    "--version": "--version: is no flag; --help lists the flags",
     "--keep 0=none.png": "--keep 0=none.png: the file cannot be read: No such file",
     "--keep 0=notes.txt": "--keep 0=notes.txt: the file is neither an image nor a video; give a PNG",
     "--keep 0=model": "--keep 0=model: the file is a folder",
