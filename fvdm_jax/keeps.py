@@ -24,15 +24,15 @@ what --keep takes
                           follows the last colon, if that is a number.
 A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
 about half of the video. Pictures are scaled to cover the video and cropped to its middle; every frame of a
-clip is taken for one of the video, whatever its rate. What is kept is kept in the space of the VAE, whose decoder
-shows a frame in the light of those before it; after frame 0 a clip begins with one that stands for four. An
-animated GIF is a clip.
+clip is taken for one of the video, whatever its rate. What is kept is kept in the space of the VAE, whose
+decoder shows a frame in the light of those before it; after frame 0 a clip begins with one that stands for
+four. An animated GIF is a clip.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """`count` latent frames from `first` on, given by the file; of a clip's `total`, frames from `skip` on."""
+    """`count` latent frames from `first` on, given by the file; of a clip's `total` those from `skip`."""
 
     first: int
     count: int
