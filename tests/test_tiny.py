@@ -44,7 +44,7 @@ def test_it_is_small():
 
 
 def test_pictures_survive_its_vae(model):
-    """Textures with a photograph's statistics (measured 22.7 dB), and shapes to their last frame (24.6 dB)."""
+    """Textures with a photograph's statistics (22.7 dB), and shapes to their last frame (24.6 dB)."""
     networks, params = model
     reconstruct = jax.jit(lambda clip: networks.decode(params, networks.encode(params, clip)))
     keys = jax.random.split(jax.random.key(9), 8)
