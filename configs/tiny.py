@@ -12,8 +12,8 @@ was made so on two cores that other work shared, with the last losses
     vae 1806 s 0.0208 · text 332 s 0.0003 misread · latents 1165 s · dit 2380 s 0.386
 
 where `dit` was stopped after 1000 steps and went on with `dit 1000`. Photographs come out of its VAE at
-22.3 dB, moving shapes at 24.9 dB. What it generates has the background that the prompt asks for, and blots for
-shapes; 43,000 samples are too few for more.
+22.3 dB, moving shapes at 24.9 dB. What it generates has the background that the prompt asks for, and blots
+for shapes; 43,000 samples are too few for more.
 """
 
 import dataclasses
