@@ -228,7 +228,7 @@ def principal(store):
     themselves, not of their deviation from a mean, so that they pass through a convolution's zero padding.
     """
     sample = np.asarray(store[::6], np.float64).reshape(-1, WIDE)
-    power, directions = np.linalg.eigh(sample.T @ sample / len(sample))
+    _, directions = np.linalg.eigh(sample.T @ sample / len(sample))
     directions = directions[:, ::-1][:, :LATENT]
     along = sample @ directions
     spread = np.sqrt(along.std(0) * np.mean(along.std(0)))
@@ -271,10 +271,8 @@ def train_dit(first: int = 0, steps: int = DIT_STEPS, batch: int = 16):
         # As if the captions had been padded to the full length: what follows them is 0, and attended.
         text = jnp.pad(text, ((0, 0), (0, TEXT_SIZES.length - LONGEST), (0, 0)))
         level_key, noise_key = jax.random.split(key)
-        level, noise = (
-            draw(level_key, *clean.shape[:2], probability),
-            jax.random.normal(noise_key, clean.shape),
-        )
+        level = draw(level_key, *clean.shape[:2], probability)
+        noise = jax.random.normal(noise_key, clean.shape)
         x = process.mix(process.flow, clean, noise, level)
         said = DiT(DIT_SIZES).apply({"params": params}, x, process.flow.timestep(level), text)
         error = jnp.mean(jnp.square(said - process.flow.target(clean, noise, level)), (2, 3, 4))

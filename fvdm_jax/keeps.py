@@ -83,7 +83,7 @@ def _asked(text: str, frames: int) -> _Asked:
         raise Refusal(flag, f"{place} runs backwards", valid)
     if not file or not file.rpartition(":")[0] and file.startswith(":"):
         raise Refusal(flag, "names no file", valid)
-    if not last < frames or not first <= last:
+    if max(first, last) >= frames:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
     path, colon, tail = file.rpartition(":")

@@ -52,11 +52,13 @@ def generate(request: Request, stages: Stages):
 
     tokens = _tokens(request, networks.text.length)
     prompts = tuple(_call(stages, "text", networks.read, params, *tokens)[:, None])
-    task = tasks.text_to_video(shape)
+    task, encoders = tasks.text_to_video(shape), {}
     for keep in request.keeps:
         with stages("read"):
             clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip))[None]
-        latents = _call(stages, "encode", networks.encode, params, clip)
+        if keep.frames not in encoders:
+            encoders[keep.frames] = _compiled(stages, networks.encode, params, clip)
+        latents = _run(stages, "encode", encoders[keep.frames], params, clip)
         task = task.keep(latents, keep.first, keep.strength)
 
     noise = jax.random.normal(_key(request.seed), shape)
@@ -129,10 +131,21 @@ def _key(seed: int):
 
 def _call(stages: Stages, stage: str, function: Callable, *inputs):
     """function(*inputs) on the device, its compilation and its run timed apart."""
+    return _run(stages, stage, _compiled(stages, function, *inputs), *inputs)
+
+
+def _compiled(stages: Stages, function: Callable, *inputs):
+    """The function compiled for inputs of these shapes."""
     import jax
 
     with stages("compile"):
-        program = jax.jit(function).lower(*inputs).compile()
+        return jax.jit(function).lower(*inputs).compile()
+
+
+def _run(stages: Stages, stage: str, program: Callable, *inputs):
+    """program(*inputs), when it is there."""
+    import jax
+
     with stages(stage):
         result = jax.block_until_ready(program(*inputs))
         jax.effects_barrier()
