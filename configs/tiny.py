@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import contrib
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,7 +37,7 @@ from fvdm_jax.checkpoint import Networks, load_tree, save, save_tree  # noqa: E4
 from fvdm_jax.data import source  # noqa: E402
 from fvdm_jax.models.dit import DiT, DiTConfig  # noqa: E402
 from fvdm_jax.models.text import TextConfig, TextEncoder  # noqa: E402
-from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokens  # noqa: E402
+from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer  # noqa: E402
 from fvdm_jax.models.vae import VAE, VAEConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,26 @@ def optimiser(rate: float, steps: int, first: int = 0):
         return plan(step + first) * jnp.minimum(1.0, (step + 1) / (steps // 20))
 
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-3))
+
+
+def muon(rate: float, steps: int):
+    """Muon for the matrices inside the blocks and AdamW for the rest, constant, then let down in the last third.
+
+    In 120 steps from the same weights it brought the loss to 0.400 where AdamW at its best rate left 0.416.
+    """
+
+    def matrices(params):
+        def dimensions(path, leaf):
+            inside = path[-1].key == "kernel" and path[0].key not in ("patch_embedding", "head")
+            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if inside else None
+
+        return jax.tree_util.tree_map_with_path(dimensions, params)
+
+    plan = optax.join_schedules(
+        [optax.linear_schedule(0, rate, 50), optax.linear_schedule(rate, 0, steps // 3)], [steps - steps // 3]
+    )
+    rule = contrib.muon(plan, consistent_rms=0.2, muon_weight_dimension_numbers=matrices, adam_b2=0.99)
+    return optax.chain(optax.clip_by_global_norm(1.0), rule)
 
 
 def vae_batch(step: int):
@@ -159,7 +180,7 @@ LONGEST = 96
 def text_batch(step: int):
     """Tokens, mask and scenes of 32 captions."""
     scenes = source.scenes(np.random.default_rng((3, step)), 32)
-    tokens, mask = byte_tokens([source.caption(scenes, i) for i in range(32)], LONGEST)
+    tokens, mask = byte_tokenizer([source.caption(scenes, i) for i in range(32)], LONGEST)
     return tokens, mask, np.stack(scenes[: len(CLASSES)], -1)
 
 
@@ -212,11 +233,12 @@ def store_latents(clips: int = CLIPS):
 
 
 def load_latents():
-    """All stored latents [n f h w c], which of them show shapes, and the captions as tokens and mask."""
+    """All stored latents [n f h w c], how often each is to be drawn, and the captions as tokens and mask."""
     store = np.load(RUNS / "latents.npy", mmap_mode="r")
     captions = json.loads((RUNS / "captions.json").read_text())
-    shapes = np.flatnonzero([caption != "textures drift" for caption in captions])
-    return store, shapes, byte_tokens(captions, LONGEST)
+    # Plain backgrounds three times as often as others, so that more of the loss is about shapes.
+    weight = np.array([0 if c == "textures drift" else 3 if "plain" in c else 1 for c in captions])
+    return store, weight / weight.sum(), byte_tokenizer(captions, LONGEST)
 
 
 def principal(store):
@@ -242,7 +264,7 @@ def draw(key, batch: int, frames: int, probability):
     at, frame = jnp.arange(frames), (batch, 1)
     head = jax.random.randint(first, frame, 0, 5)
     tail = jnp.maximum(jax.random.randint(last, frame, -1, 3), 0)
-    kept = ((at < head) | (at >= frames - tail)) & jax.random.bernoulli(coin, 0.5, frame)
+    kept = ((at < head) | (at >= frames - tail)) & jax.random.bernoulli(coin, 0.35, frame)
     return jnp.where(kept, 0.0, level)
 
 
@@ -252,14 +274,14 @@ def train_dit(first: int = 0, steps: int = DIT_STEPS, batch: int = 16):
     Every other clip has a level for each frame in the first 1000 steps, every fifth in the rest. With `first`
     it goes on at that step from the stored weights.
     """
-    store, shapes, captions = load_latents()
+    store, often, captions = load_latents()
     directions, mean, spread = principal(store)
     encoder = load_tree(RUNS / "text.safetensors")["encoder"]
-    silence = byte_tokens([""], LONGEST)
+    silence = byte_tokenizer([""], LONGEST)
 
     def dit_batch(step: int):
         rng = np.random.default_rng((5, step))
-        chosen = np.sort(rng.choice(shapes, batch, replace=False))
+        chosen = np.sort(rng.choice(len(often), batch, replace=False, p=often))
         told = rng.random((batch, 1)) > 0.1
         words = [np.where(told, said[chosen], none) for said, none in zip(captions, silence, strict=True)]
         latents = (store[chosen].astype(np.float32) @ directions - mean) / spread
@@ -284,7 +306,7 @@ def train_dit(first: int = 0, steps: int = DIT_STEPS, batch: int = 16):
     text = jnp.zeros((1, TEXT_SIZES.length, TEXT_SIZES.width))
     init = jax.jit(DiT(DIT_SIZES).init)(jax.random.key(0), clean[:1], jnp.zeros((1, clean.shape[1])), text)
     params = jax.tree.map(jnp.asarray, load_tree(RUNS / "dit.safetensors")) if first else init["params"]
-    tx = optimiser(2e-3, steps, first)
+    tx = muon(1e-3, steps - first) if first else optimiser(2e-3, steps)
     train(nn.meta.unbox(params), tx, range(first, steps), dit_batch, dit_loss, "dit")
 
 

@@ -11,12 +11,21 @@ from einops import rearrange
 class Rule(NamedTuple):
     """`source` key, `target` path and the einops pattern between them.
 
-    `*` in the source stands for a layer's number; the layers are stacked on a new first axis.
+    `*` in the source stands for a layer's number; the layers are stacked on a new first axis. Without a
+    target it is one of `left_out`.
     """
 
     source: str
-    target: str
+    target: str | None
     pattern: str
+
+
+def left_out(prefix: str) -> Rule:
+    """The rule of tensors that our tree has no place for: keys that begin so are passed over, if any do.
+
+    It goes before all rules that move a tensor, so that it can leave out one layer of a stack.
+    """
+    return Rule(prefix, None, "")
 
 
 def dense(source: str, target: str, names: str = "o i -> i o") -> tuple[Rule, Rule]:
@@ -40,14 +49,16 @@ def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> 
     rule without a tensor and every layer missing inside a stack, and tells of stacks of unequal depth and of
     anything used or set twice. That all stacks lack their last layers cannot be told from the tensors alone.
     """
-    found = {rule: _layers(rule, tensors) for rule in rules}
+    passed_over = tuple(rule.source for rule in rules if rule.target is None)
+    keys = [key for key in tensors if not key.startswith(passed_over)]
+    found = {rule: _layers(rule, keys) for rule in rules if rule.target is not None}
     used = [key for layers in found.values() for key in layers.values()]
     twice = sorted(key for key, count in Counter(used).items() if count > 1)
     depths = {len(layers) for rule, layers in found.items() if "*" in rule.source and layers}
     absent = [
         rule.source for rule, layers in found.items() if sorted(layers) != list(range(max(len(layers), 1)))
     ]
-    unknown = sorted(set(tensors) - set(used))
+    unknown = sorted(set(keys) - set(used))
     if absent or unknown:
         raise KeyError(f"rules without their tensors: {absent}; tensors without a rule: {unknown}")
     if twice or len(depths) > 1:
@@ -59,10 +70,10 @@ def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> 
     return tree
 
 
-def _layers(rule: Rule, tensors: dict) -> dict[int, str]:
+def _layers(rule: Rule, keys: list[str]) -> dict[int, str]:
     """The keys that the rule matches, by number of layer; 0 for a rule without layers."""
     pattern = re.compile(re.escape(rule.source).replace(r"\*", r"(\d+)"))
-    matches = [m for m in map(pattern.fullmatch, tensors) if m]
+    matches = [m for m in map(pattern.fullmatch, keys) if m]
     return {int(m[1]) if m.groups() else 0: m[0] for m in matches}
 
 

@@ -1,8 +1,9 @@
 """Wan's official keys, as published for 2.1 and 2.2, against our trees."""
 
+from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.models.vae import VAEConfig
 
-from .table import Rule, affine, dense
+from .table import Rule, affine, dense, left_out
 
 _CONV = "o i t h w -> t h w i o"
 _FRAME_CONV = "o i h w -> 1 h w i o"
@@ -135,4 +136,23 @@ def umt5() -> list[Rule]:
         Rule("blocks.*.pos_embedding.embedding.weight", "layers/attention/positions", "p a -> p a"),
         *(Rule(f"blocks.*.{s}.weight", f"layers/{t}/kernel", "o i -> i o") for s, t in pairs.items()),
         *(Rule(f"{s}.weight", f"{t}/scale", "d -> d") for s, t in norms.items()),
+    ]
+
+
+def clip(config: CLIPConfig) -> list[Rule]:
+    """Rules of CLIP's image tower under its official keys, of a file that holds the text tower too."""
+    stack, block = "visual.transformer", "visual.transformer.*"
+    unused = ("log_scale", "textual.", "visual.head", "visual.post_norm.", f"{stack}.{config.layers - 1}.")
+    return [
+        *map(left_out, unused),
+        Rule("visual.cls_embedding", "class_token", "1 1 e -> e"),
+        Rule("visual.pos_embedding", "positions", "1 n e -> n e"),
+        Rule("visual.patch_embedding.weight", "patch_embedding/kernel", "o c p q -> (c p q) o"),
+        *affine("visual.pre_norm", "norm_in"),
+        *affine(f"{block}.norm1", "layers/norm_attention"),
+        *dense(f"{block}.attn.to_qkv", "layers/qkv"),
+        *dense(f"{block}.attn.proj", "layers/o"),
+        *affine(f"{block}.norm2", "layers/norm_ffn"),
+        *dense(f"{block}.mlp.0", "layers/up"),
+        *dense(f"{block}.mlp.2", "layers/down"),
     ]

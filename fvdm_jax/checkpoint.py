@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fvdm_jax.models import dit, text, vae
+from fvdm_jax.models import dit, streaming, text, vae
 from fvdm_jax.program import Refusal, outputs
 from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 
@@ -34,12 +34,12 @@ class Networks:
         return text.TextEncoder(self.text).apply({"params": params["text"]}, tokens, mask)
 
     def encode(self, params: dict, video: Video) -> Latents:
-        """Normalised latents [b f h w c] of pixels [b t H W 3]."""
-        return vae.VAE(self.vae).apply({"params": params["vae"]}, video, method="encode")
+        """Normalised latents [b f h w c] of pixels [b t H W 3], in memory that does not grow with t."""
+        return streaming.encode(self.vae, params["vae"], video)
 
     def decode(self, params: dict, latents: Latents) -> Video:
-        """Pixels [b t H W 3] of normalised latents [b f h w c]."""
-        return vae.VAE(self.vae).apply({"params": params["vae"]}, latents, method="decode")
+        """Pixels [b t H W 3] of normalised latents [b f h w c], in memory that does not grow with f."""
+        return streaming.decode(self.vae, params["vae"], latents)
 
 
 KINDS = {
@@ -102,18 +102,25 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield f"{prefix}{key}", tree[key]
 
 
-def load(folder: Path) -> tuple[Networks, dict]:
-    """The networks and parameters of a folder: `config.json` with a config for each, and NAME.safetensors.
+def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
+    """The networks of a folder and the parameters of those of them that `parts` names.
 
-    Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
+    The folder holds `config.json`, with a config for each, and NAME.safetensors. Raises Refusal where a config
+    is none, a file is not whole, or its arrays are not those of its config.
     """
-    stored = json.loads((folder / "config.json").read_text("utf-8"))
-    configs, params = {}, {}
-    for name, (kind, abstract) in KINDS.items():
-        configs[name] = _configured(folder / "config.json", name, kind, stored)
+    networks = describe(folder)
+    params = {}
+    for name in parts:
         params[name] = load_tree(folder / f"{name}.safetensors")
-        _check(folder / f"{name}.safetensors", params[name], abstract(configs[name]))
-    return Networks(**configs), params
+        _check(folder / f"{name}.safetensors", params[name], KINDS[name][1](getattr(networks, name)))
+    return networks, params
+
+
+def describe(folder: Path) -> Networks:
+    """The networks of a folder, without their parameters. Raises Refusal where a config is none."""
+    path = folder / "config.json"
+    stored = json.loads(path.read_text("utf-8"))
+    return Networks(**{name: _configured(path, name, kind, stored) for name, (kind, _) in KINDS.items()})
 
 
 def _configured(path: Path, name: str, kind: type, stored: dict):

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 class Stages:
     """The named stages of one run, shown on standard error; `seconds` has the wall time of each.
 
-    A stage that is entered again goes on where it was. On a terminal the lines live; elsewhere they are
+    A stage that is entered again goes on where it was; one that is entered within another interrupts it. On a
+    terminal the lines live; elsewhere they are
     written once, when the run ends.
     """
 
@@ -48,21 +49,26 @@ class Stages:
         """The stage of this name, until the block ends."""
         if name not in self._tasks:
             self.expect(name, None)
+        outer = self._running
+        if outer:
+            self.seconds[outer[0]] = self._elapsed(outer[0])
         self._running = name, time.perf_counter()
         try:
             yield
-            total = self._progress.tasks[self._tasks[name]].total or 1
-            self._progress.update(self._tasks[name], total=total, completed=total)
+            task = self._progress.tasks[self._tasks[name]]
+            if task.total is None:
+                self._progress.update(task.id, total=1, completed=1)
         finally:
             self.seconds[name] = self._elapsed(name)
-            self._running = None
+            self._running = (outer[0], time.perf_counter()) if outer else None
 
     def expect(self, name: str, steps: int | None) -> None:
         """Says that the stage of this name takes so many steps, each of which will be told by `step`."""
+        self.seconds.setdefault(name, 0.0)
         self._tasks[name] = self._progress.add_task(name, total=steps, steps="")
 
     def step(self) -> None:
-        """One step of the running stage begins."""
+        """One more step of the running stage."""
         running = self._running
         if running:
             task = self._progress.tasks[self._tasks[running[0]]]

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fvdm_jax import latents
 from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
+from fvdm_jax.latents import SUFFIX
 from fvdm_jax.program import Parser, Refusal, check_output, number, plain, whole
 from fvdm_jax.video import STRIDE
 
@@ -18,11 +20,15 @@ SOLVERS = ("unipc", "dpm++", "euler")
 SPACINGS = ("wan", "pusa", "ddpm")
 WEIGHTS = ("dit.safetensors", "vae.safetensors", "text.safetensors")
 PROCESSES = ("flow", "ddpm", "ddpm_v")
+SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
+"""The settings that a model has of its own."""
+
 PATCH = 2
 """Latent pixels to a side of a token of the transformer."""
 
 EPILOG = f"""{GRAMMAR}
-The video goes to --out, and beside it a contact sheet (.png) and every setting (.json). Existing files
+The video goes to --out, and beside it a contact sheet (.png), every setting (.json), and what was denoised
+({SUFFIX}), written before it is decoded: --decode makes a video of that again. Existing files
 are only replaced with --overwrite, except those of the default name, fvdm.mp4, which each run replaces.
 Compiled programs are kept in ~/.cache/fvdm_jax. --explain looks at neither --out nor the weights.
 """
@@ -32,19 +38,21 @@ Compiled programs are kept in ~/.cache/fvdm_jax. --explain looks at neither --ou
 class Defaults:
     """The settings with which a model samples where the user states none, and the file that says so.
 
-    The sides of its videos are multiples of `multiple` pixels.
+    The sides of its videos are multiples of `multiple` pixels; its latents have so many `channels`.
     """
 
     config: Path
     sampling: dict
     multiple: int
+    channels: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A video to be sampled; None: as the model has it. Complete, with its `keeps`, once `validate` made it.
 
-    frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given.
+    frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given. With `decode`,
+    a file of latents, it is the request that they were made by. `tiles` (0, 0): as many as memory asks for.
     """
 
     prompt: str | None = None
@@ -65,6 +73,8 @@ class Request:
     overwrite: bool = False
     explain: bool = False
     debug: bool = False
+    decode: Path | None = None
+    tiles: tuple[int, int] = (0, 0)
     keeps: tuple[Keep, ...] = ()
 
     @property
@@ -86,18 +96,56 @@ class Request:
         return self.out, self.out.with_suffix(".png"), self.out.with_suffix(".json")
 
     @property
+    def latents(self) -> Path:
+        """Where the denoised latents are, or are to be."""
+        return self.decode or self.out.with_suffix(SUFFIX)
+
+    @property
     def settings(self) -> dict:
         """Every setting as plain JSON values; what the video's comment and the settings file hold."""
         settings = dataclasses.asdict(self) | {"strength": self.strength}
-        del settings["debug"], settings["explain"], settings["overwrite"]
+        for flag in ("debug", "explain", "overwrite", "decode"):
+            del settings[flag]
         return json.loads(json.dumps(settings, default=str))
 
 
 def parse(argv: Sequence[str]) -> Request:
     """The validated Request of a command line. Raises Refusal, or SystemExit after --help."""
     given = vars(parser().parse_args(argv))
-    request = Request(**given | {"keep": tuple(given["keep"])})
+    if given["decode"]:
+        return _stored(given)
+    request = Request(**given | {"keep": tuple(given["keep"]), "model": given["model"] or TINY})
     return validate(request, defaults(request.model))
+
+
+FOR_DECODE = ("decode", "model", "out", "fps", "tiles", "overwrite", "debug")
+
+
+def _stored(given: dict) -> Request:
+    """The Request that the latents of --decode were made by, with what is given besides. Raises Refusal."""
+    unset = vars(parser().parse_args([]))
+    if late := [name for name in given if given[name] != unset[name] and name not in FOR_DECODE]:
+        right = f"with it go {', '.join(f'--{name}' for name in FOR_DECODE[1:])}"
+        raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
+    shape, settings = latents.probe(given["decode"])
+    names = {field.name for field in dataclasses.fields(Request)} - {"decode", "tiles"}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in names}
+    chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
+    try:
+        keeps = tuple(Keep(**keep | {"path": Path(keep["path"])}) for keep in values["keeps"])
+        places = {"keeps": keeps, "model": Path(values["model"]), "out": OUT}
+        request = Request(**values | places | chosen)
+        wrong = request.latent_frames != shape[1] or len(request.strength) != shape[1]
+    except (KeyError, TypeError, ValueError) as broken:
+        raise Refusal(given["decode"], "does not say how it was made", "sample again") from broken
+    model = defaults(request.model)
+    if wrong or shape[-1] != model.channels:
+        what = f"holds latents {list(shape)}, not of {request.model}, whose have {model.channels} channels"
+        raise Refusal(given["decode"], what, "give the model that made them with --model")
+    if wrong := RULES["fps"](request.fps):
+        raise Refusal("--fps", f"{plain(request.fps)} {wrong[0]}", wrong[1])
+    _check_outputs(request)
+    return request
 
 
 def parser() -> Parser:
@@ -126,9 +174,19 @@ def parser() -> Parser:
     add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
     add("--seed", type=whole, default=0, metavar="N", help="0 to 2^64 - 1; default 0")
     add("--fps", type=number, metavar="X", help="frames a second in the file")
-    add("--model", type=Path, default=TINY, metavar="DIR", help="folder of a model; default the bundled one")
+    add("--model", type=Path, metavar="DIR", help="folder of a model; default the bundled one")
     add("--out", type=Path, default=OUT, metavar="PATH", help=".mp4 or .gif; default fvdm.mp4")
     add("--overwrite", action="store_true", help="replace files that exist")
+    add(
+        "--decode", type=Path, metavar="FILE", help=f"make a video of latents ({SUFFIX}), instead of sampling"
+    )
+    add(
+        "--tiles",
+        type=_tiles,
+        default=(0, 0),
+        metavar="RxC",
+        help="decode frames in so many rows and columns of tiles, blended; default: as memory asks for",
+    )
     add("--explain", action="store_true", help="print the noise level of every frame at every step, and stop")
     return flags
 
@@ -150,6 +208,13 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _tiles(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]?)[xX×]([1-9][0-9]?)", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{plain(text)!r} is not RxC; give rows and columns, such as 2x2")
+    return int(match[1]), int(match[2])
+
+
 def defaults(folder: Path) -> Defaults:
     """What the config.json of a model's folder says of sampling. Raises Refusal, named --model."""
     config = folder / "config.json"
@@ -159,7 +224,7 @@ def defaults(folder: Path) -> Defaults:
         multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
         if absent := [name for name in WEIGHTS if not (folder / name).is_file()]:
             raise Refusal("--model", f"{folder} has no {absent[0]}", "give a folder with all its files")
-        return Defaults(config, sampling, multiple)
+        return Defaults(config, sampling, multiple, int(vae["latent"]))
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"
     except (KeyError, TypeError):
@@ -191,13 +256,11 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     if request.keep and request.prompt is None:
         # The model's example tells of a video of its own, not of what was given.
         request = dataclasses.replace(request, prompt="")
-    names = [field.name for field in dataclasses.fields(Request) if field.default is None]
-    if strange := sorted(set(model.sampling) - set(names)):
-        raise Refusal(
-            model.config, f"'sampling' holds {plain(strange[0])}", f"it may hold {', '.join(names)}"
-        )
+    if strange := sorted(set(model.sampling) - set(SAMPLING)):
+        right = f"it may hold {', '.join(SAMPLING)}"
+        raise Refusal(model.config, f"'sampling' holds {plain(strange[0])}", right)
     values, where = {}, {"seed": "--seed"}
-    for name in names:
+    for name in SAMPLING:
         where[name] = f"--{name}"
         if getattr(request, name) is None:
             where[name] = f"{model.config}: sampling.{name}"
@@ -280,46 +343,8 @@ def _check_outputs(request: Request) -> None:
     if request.out.suffix.lower() == ".gif" and request.fps > 50:
         raise Refusal("--out", f"a GIF has at most 50 frames a second, not {request.fps:g}", "give an .mp4")
     inputs = {os.path.realpath(keep.path) for keep in request.keeps}
-    for path in request.outputs:
+    made = () if request.decode else (request.latents,)
+    for path in (*request.outputs, *made):
         if os.path.realpath(path) in inputs:
             raise Refusal("--out", f"{path} would replace a file that is kept", "give another name")
         check_output(path, "--out", request.overwrite or request.out == OUT)
-
-
-def picture(strength: Sequence[float]) -> str:
-    """One line with a character for every latent frame [f]: kept, kept loosely, or generated."""
-    row = "".join("█" if s == 0 else "·" if s == 1 else "▒" for s in strength)
-    loose = sorted({s for s in strength if 0 < s < 1})
-    span = " to ".join(f"{s:g}" for s in dict.fromkeys((loose[0], loose[-1]))) if loose else ""
-    legend = {"█": "█ kept", "▒": f"▒ kept, loosened {span}", "·": "· generated"}
-    count = f"{len(row)} latent frame{'s' * (len(row) != 1)}"
-    return f"{count}   {row}      {'   '.join(text for sign, text in legend.items() if sign in row)}"
-
-
-def explain(schedule: Sequence[Sequence[float]]) -> str:
-    """The level of every latent frame at every step [s f] as a table, and at a glance as shades of noise.
-
-    100 columns hold 21 frames; the shades stand beside the table where there is room, else below it.
-    """
-    rows = [[float(level) for level in row] for row in schedule]
-    frames = len(rows[0])
-    names = ["start", *(f"{step:5d}" for step in range(1, len(rows)))]
-    table = ["step ", *names]
-    for index, column in enumerate(zip(*rows, strict=True)):
-        cells = [str(index), *map(_level, column)]
-        table = [f"{line}{cell:>4}" for line, cell in zip(table, cells, strict=True)]
-    shades = ["".join(_shade(level) for level in row) for row in rows]
-    title = "The noise level of every latent frame (across) after every step (down): 1 noise, 0 clean;"
-    title += " as shades █ noise … · clean."
-    if len(table[0]) + 3 + frames <= 100:
-        return "\n".join([title, "", *(f"{a}   {b}" for a, b in zip(table, ["", *shades], strict=True))])
-    glance = [f"{name}  {shade}" for name, shade in zip(names, shades, strict=True)]
-    return "\n".join([title, "", *table, "", "At a glance", "", *glance])
-
-
-def _level(level: float) -> str:
-    return f"{level:.0f}" if level in (0, 1) else f"{level:.2f}".lstrip("0") if level < 0.995 else "1.0"
-
-
-def _shade(level: float) -> str:
-    return "·" if level == 0 else "░▒▓█"[min(3, int(level * 4))]

@@ -1,17 +1,23 @@
 """Samples a video: from a prompt, from pictures and clips that are kept, or from both."""
 
+import contextlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import fvdm_jax
+from fvdm_jax import latents
+from fvdm_jax.explain import explain, picture
 from fvdm_jax.program import leave, outputs, run
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import Request, explain, parse, picture
+from fvdm_jax.request import Request, parse
+
+TOKENIZERS = ("spiece.model", "tokenizer.json")
+"""What a model's folder may hold beside the weights; where it has neither, its prompts are bytes."""
 
 LONG = 1e13
 """Operations of the whole run from which on its steps are reported one by one."""
@@ -21,54 +27,156 @@ def main(argv: list[str]) -> None:
     """Samples what `argv` asks for and writes the video, its contact sheet and its settings."""
     request = parse(argv)
     print(picture(request.strength))
-    for note in filter(None, (keep.note for keep in request.keeps)):
+    for note in filter(None, (keep.note for keep in request.keeps if not request.decode)):
         print(note)
     if not any(request.strength):
         print("note: every frame is kept, and nothing is left to generate")
     if request.explain:
         print(explain(_schedule(request)))
         return
-    with outputs(*request.outputs) as drafts, Stages() as stages:
-        pixels, device = generate(request, stages)
-        with stages("write"):
-            _write(request, drafts, pixels)
-        record = request.settings | {"seconds": stages.seconds, "device": device, "versions": _versions()}
-        drafts[2].write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    print("wrote", *request.outputs)
+    with Stages() as stages:
+        if request.decode:
+            made = latents.load(request.decode)
+        else:
+            made = generate(request, stages)
+            with stages("write"):
+                latents.save(request.latents, made, request.settings)
+        try:
+            show(request, made, stages)
+        except BaseException:
+            again = f"python -m fvdm_jax.sample --decode {request.latents}"
+            print(f"note: what was denoised is safe; to decode it again: {again}", file=sys.stderr)
+            raise
+    print("wrote", *request.outputs, *(() if request.decode else (request.latents,)))
 
 
 def generate(request: Request, stages: Stages):
-    """The pixels, uint8 [t H W 3], that a validated Request asks for, and the kind of device used."""
+    """The denoised latents, float32 [1 f h w c] on the host, that a validated Request asks for."""
     with stages("load"):
         import jax
+        import numpy as np
 
         from fvdm_jax import checkpoint, tasks, video
 
         _keep_compiled_programs()
-        networks, params = checkpoint.load(request.model)
-        params = jax.device_put(params)
+        networks = checkpoint.describe(request.model)
+    prompts = _read(request, networks, stages)
+    with stages("load"):
+        params = jax.device_put(checkpoint.load(request.model, ("dit", "vae"))[1])
     height, width = (side // networks.vae.spatial for side in request.size)
     shape = (1, request.latent_frames, height, width, networks.vae.latent)
 
-    tokens = _tokens(request, networks.text.length)
-    prompts = tuple(_call(stages, "text", networks.read, params, *tokens)[:, None])
     task, encoders = tasks.text_to_video(shape), {}
     for keep in request.keeps:
         with stages("read"):
             clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip))[None]
         if keep.frames not in encoders:
             encoders[keep.frames] = _compiled(stages, networks.encode, params, clip)
-        latents = _run(stages, "encode", encoders[keep.frames], params, clip)
-        task = task.keep(latents, keep.first, keep.strength)
+        kept = _run(stages, "encode", encoders[keep.frames], params, clip)
+        task = task.keep(kept, keep.first, keep.strength)
 
     noise = jax.random.normal(_key(request.seed), shape)
     inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
     program, steps = _denoiser(request, networks, params, stages)
     if steps:
         stages.expect("denoise", steps)
-    latents = _call(stages, "denoise", program, params, *inputs)
-    decoded = _call(stages, "decode", networks.decode, params, latents)
-    return video.to_pixels(decoded)[0], jax.devices()[0].device_kind
+    return np.asarray(_call(stages, "denoise", program, params, *inputs))
+
+
+def show(request: Request, made, stages: Stages) -> None:
+    """Decodes latents [1 f h w c] and writes the request's outputs, picture by picture."""
+    with stages("load"):
+        import jax
+        import numpy as np
+
+        from fvdm_jax import checkpoint, video
+
+        _keep_compiled_programs()
+        networks, params = checkpoint.load(request.model, ("vae",))
+    stages.expect("decode", made.shape[1])
+    frames, chosen = 1 + (made.shape[1] - 1) * networks.vae.stride, []
+    wanted = set(video.shown(frames))
+
+    def seen():
+        for index, picture in enumerate(pictures(request, networks, params, made, stages)):
+            if index in wanted:
+                chosen.append(picture)
+            yield picture
+
+    comment = json.dumps(request.settings, ensure_ascii=False)
+    with outputs(*request.outputs) as drafts:
+        with stages("write"):
+            if request.out.suffix.lower() == ".gif":
+                video.write_gif(drafts[0], np.stack(list(seen())), request.fps, comment)
+            else:
+                video.write_mp4(drafts[0], seen(), request.fps, comment)
+            sheet = video.contact_sheet(np.stack(chosen), strength=request.strength, frames=frames)
+            sheet.save(drafts[1])
+        device = jax.devices()[0].device_kind
+        record = {"latents": str(request.latents), "seconds": stages.seconds, "device": device}
+        record = request.settings | record | {"versions": _versions()}
+        drafts[2].write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def pictures(request: Request, networks, params: dict, made, stages: Stages) -> Iterator:
+    """The pictures, uint8 [H W 3], of latents [1 f h w c], one by one as they are decoded."""
+    import jax
+
+    from fvdm_jax import video
+    from fvdm_jax.models.streaming import decode_tiled
+
+    decoder, tiles = _decoder(request, networks.vae, params["vae"], made, stages)
+    if tiles is None:
+        pieces = decoder(jax.device_put(made, decoder.placement))
+    else:
+        pieces = decode_tiled(decoder, made, tiles, networks.vae)
+    while True:
+        with stages("decode"):
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            piece = video.to_pixels(piece)[0]
+            stages.step()
+        yield from piece
+
+
+def _decoder(request: Request, config, params: dict, made, stages: Stages):
+    """What decodes frames of this size, and the tiles that they are cut into, if they are."""
+    import jax
+    import jax.numpy as jnp
+
+    from fvdm_jax import sharding
+    from fvdm_jax.models.streaming import Decoder, Tiles
+
+    height, width, channels = made.shape[2:]
+    asked, free = any(request.tiles), _free(jax.devices()[0])
+    grid = Tiles(*request.tiles) if asked else Tiles(1, 1)
+    while True:
+        over = sharding.across(width) if grid == Tiles(1, 1) else sharding.mesh()
+        tile = jnp.zeros((1, 1, *grid.sides(height, width), channels))
+        tile = jax.device_put(tile, sharding.spatial(over))
+        with stages("compile"):
+            decoder = Decoder(config, jax.device_put(params, sharding.replicated(over)), tile)
+        if asked or decoder.bytes < free or grid.smallest(height, width):
+            break
+        grid = grid.finer(height, width)
+    if grid == Tiles(1, 1):
+        return decoder, None
+    why = "" if asked else f", since whole ones do not fit in the {free / 2**30:.1f} GiB that are free"
+    print(f"note: frames are decoded in {grid.rows}x{grid.columns} blended tiles{why}", file=sys.stderr)
+    return decoder, grid
+
+
+def _free(device) -> float:
+    """Bytes that are free on a device; infinite where nobody says."""
+    sizes = device.memory_stats() or {}
+    if "bytes_limit" in sizes:
+        return sizes["bytes_limit"] - sizes["bytes_in_use"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return float("inf")
 
 
 def _schedule(request: Request):
@@ -80,14 +188,36 @@ def _schedule(request: Request):
     return schedule(SPACINGS[request.spacing](request.steps, request.shift), strength)
 
 
-def _tokens(request: Request, length: int):
-    """Tokens and mask, each [2 length], of the prompt and of the negative prompt."""
-    from fvdm_jax.models.tokenizer import byte_length, byte_tokens
+def _read(request: Request, networks, stages: Stages):
+    """States, each [1 l e], of the prompt and of the negative prompt."""
+    import dataclasses
 
+    from fvdm_jax import checkpoint
+    from fvdm_jax.models.tokenizer import byte_tokenizer, load_tokenizer
+    from fvdm_jax.prompts import TextCache, fingerprint
+
+    length, words = networks.text.length, [request.model / name for name in TOKENIZERS]
+    words = [path for path in words if path.is_file()][:1]
+    tokenizer = load_tokenizer(words[0]) if words else byte_tokenizer
     for flag, prompt in (("--prompt", request.prompt), ("--negative", request.negative)):
-        if byte_length(prompt) > length:
-            print(f"note: {flag} is cut to the {length - 1} bytes that the model reads", file=sys.stderr)
-    return byte_tokens([request.prompt, request.negative], length)
+        if (count := tokenizer.count(prompt)) > length:
+            print(f"note: {flag} has {count} tokens and is cut to the model's {length}", file=sys.stderr)
+
+    program = None
+
+    def read(prompt):
+        nonlocal program
+        tokens = tokenizer([prompt], length)
+        if program is None:
+            with stages("load"):
+                params = checkpoint.load(request.model, ("text",))[1]
+            program = partial(_compiled(stages, networks.read, params, *tokens), params)
+        return program(*tokens)[0]
+
+    with stages("text"):
+        depends = fingerprint(request.model / "text.safetensors", *words), dataclasses.asdict(networks.text)
+        cache = TextCache(_cache("text"), depends)
+        return tuple(cache.states(text, length, read)[None] for text in (request.prompt, request.negative))
 
 
 def _denoiser(request: Request, networks, params: dict, stages: Stages):
@@ -152,26 +282,19 @@ def _run(stages: Stages, stage: str, program: Callable, *inputs):
         return result
 
 
+def _cache(kind: str) -> Path | None:
+    """The folder of this user's cache for things of a kind; a user without a home has none."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvdm_jax" / kind
+
+
 def _keep_compiled_programs() -> None:
     """Compiled programs go to the user's cache, so that a second run starts at once."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
-        try:
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        except RuntimeError:
-            return  # A user without a home has no cache.
-        jax.config.update("jax_compilation_cache_dir", str(cache / "fvdm_jax"))
+    if not jax.config.jax_compilation_cache_dir and (folder := _cache("programs")):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _write(request: Request, drafts: tuple[Path, ...], pixels) -> None:
-    from fvdm_jax import video
-
-    comment = json.dumps(request.settings, ensure_ascii=False)
-    write = video.write_gif if request.out.suffix.lower() == ".gif" else video.write_mp4
-    write(drafts[0], pixels, request.fps, comment)
-    video.contact_sheet(pixels, strength=request.strength).save(drafts[1])
 
 
 def _versions() -> dict[str, str]:

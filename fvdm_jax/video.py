@@ -1,9 +1,9 @@
 """Pictures and clips, in and out of files. Pixels are uint8 [t H W 3], sRGB; networks see them in −1 … 1."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,17 @@ import numpy as np
 from fvdm_jax.decode import Media, pictures, probe
 from fvdm_jax.program import Refusal
 
-__all__ = ["Media", "contact_sheet", "probe", "read", "to_pixels", "to_unit", "write_gif", "write_mp4"]
+__all__ = [
+    "Media",
+    "contact_sheet",
+    "probe",
+    "read",
+    "shown",
+    "to_pixels",
+    "to_unit",
+    "write_gif",
+    "write_mp4",
+]
 
 
 STRIDE = 4
@@ -58,12 +68,17 @@ def _check_pixels(pixels: np.ndarray) -> None:
         raise ValueError(f"pixels are {pixels.dtype} {pixels.shape}; give uint8 [t H W 3], as of to_pixels")
 
 
-def write_mp4(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> None:
-    """Writes uint8 [t H W 3] (even sides) as H.264, yuv420p in BT.709, crf 16, header first, a comment."""
+def write_mp4(path: Path, pixels: Iterable[np.ndarray], fps: float, comment: str = "") -> None:
+    """Writes uint8 [t H W 3] (even sides) as H.264, yuv420p in BT.709, crf 16, header first, a comment.
+
+    The pictures may come one by one: none is held longer than the encoder needs it.
+    """
     import av
     from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-    _check_pixels(pixels)
+    coming = iter(pixels)
+    first = next(coming, np.empty(0))
+    _check_pixels(first[None])
     rate = Fraction(fps).limit_denominator(1001)
     exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -72,11 +87,11 @@ def write_mp4(path: Path, pixels: np.ndarray, fps: float, comment: str = "") -> 
         # are the same file.
         options = {"crf": "16", "preset": "slow", "x264-params": "no-mbtree=1"}
         stream = container.add_stream("libx264", rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *first.shape[:2], "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1
         context.color_range = ColorRange.MPEG
-        for index, picture in enumerate(pixels):
+        for index, picture in enumerate(chain([first], coming)):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
@@ -117,26 +132,33 @@ GROUND, DIM, BRIGHT, KEPT = (24, 24, 27), (146, 146, 152), (214, 214, 218), (245
 CELL, GAP, FOOT = (192, 216), 10, 24
 
 
-def contact_sheet(pixels: np.ndarray, columns: int = 8, strength: Sequence[float] = ()):
-    """A PIL image of at most 64 frames of uint8 [t H W 3], evenly chosen, each above its number.
+def shown(frames: int) -> list[int]:
+    """Which frames of so many a contact sheet shows: at most 64, evenly chosen."""
+    return np.unique(np.rint(np.linspace(0, frames - 1, min(64, frames))).astype(int)).tolist()
 
-    A number is bright where a latent frame begins. Where the `strength` of the latent frames is given, a line
-    below a frame is full where it was kept, dashed where it was kept loosely, absent where it was generated.
+
+def contact_sheet(pixels: np.ndarray, columns: int = 8, strength: Sequence[float] = (), frames: int = 0):
+    """A PIL image of the frames of uint8 [t H W 3] that `shown` chooses, each above its number.
+
+    With `frames`, pixels are those frames alone, of a clip of so many. A number is bright where a latent frame
+    begins. Where the `strength` of the latent frames is given, a line below a frame is full where it was kept,
+    dashed where it was kept loosely, absent where it was generated.
     """
     from PIL import Image, ImageDraw
 
     _check_pixels(pixels)
-    shown = np.unique(np.rint(np.linspace(0, len(pixels) - 1, min(64, len(pixels)))).astype(int))
-    rows = -(-len(shown) // max(1, columns))
-    columns = -(-len(shown) // rows)
+    numbers = shown(frames or len(pixels))
+    chosen = pixels if frames else pixels[numbers]
+    rows = -(-len(numbers) // max(1, columns))
+    columns = -(-len(numbers) // rows)
     scale = min(CELL[0] / pixels.shape[2], CELL[1] / pixels.shape[1])
     width, height = (max(1, round(side * scale)) for side in (pixels.shape[2], pixels.shape[1]))
     pitch = width + GAP, height + FOOT + GAP
     sheet = Image.new("RGB", (columns * pitch[0] + GAP, rows * pitch[1] + GAP), GROUND)
     draw = ImageDraw.Draw(sheet)
-    for place, frame in enumerate(shown.tolist()):
+    for place, (frame, picture) in enumerate(zip(numbers, chosen, strict=True)):
         x, y = GAP + place % columns * pitch[0], GAP + place // columns * pitch[1]
-        sheet.paste(Image.fromarray(pixels[frame]).resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS), (x, y))
         _mark(draw, (x, y + height), width, frame, strength)
     return sheet
 

@@ -31,16 +31,19 @@ NETWORKS = checkpoint.Networks(
 )
 
 
-def save(folder: Path) -> None:
-    """Writes the model to a folder; weights are normal, divided by the root of what goes into each output."""
+def drawn(abstract) -> dict:
+    """Parameters for a tree of shapes: normal, divided by the root of what goes into each output."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         fan_in = leaf.shape[-2] if len(leaf.shape) > 1 else 1
         return (rng.normal(size=leaf.shape) * fan_in**-0.5).astype(np.float32)
 
-    params = {
-        name: jax.tree.map(draw, nn.meta.unbox(abstract(getattr(NETWORKS, name))))
-        for name, (_, abstract) in checkpoint.KINDS.items()
-    }
+    return jax.tree.map(draw, nn.meta.unbox(abstract))
+
+
+def save(folder: Path) -> None:
+    """Writes the model to a folder."""
+    trees = {name: abstract(getattr(NETWORKS, name)) for name, (_, abstract) in checkpoint.KINDS.items()}
+    params = {name: drawn(tree) for name, tree in trees.items()}
     checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})

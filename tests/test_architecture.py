@@ -16,11 +16,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
     7: "sample",
-    6: "guidance checkpoint",
+    6: "guidance checkpoint prompts",
     5: "samplers",
-    4: "models.dit models.vae models.text",
+    4: "models.dit models.clip models.vae models.streaming models.text",
     3: "kernels.attention models.layers",
-    2: "program progress decode video keeps request"
+    2: "program progress decode video keeps latents request explain sharding"
     " process schedule tasks levels models.tokenizer data.source",
     1: "shapes",
 }
@@ -148,7 +148,7 @@ def test_the_flags_are_those_agreed():
 
     assert sorted(parser()._option_string_actions) == sorted(
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
-        " --seed --fps --model --out --overwrite --explain".split()
+        " --seed --fps --model --out --overwrite --explain --decode --tiles".split()
     )
 
 

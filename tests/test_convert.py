@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from convert import Rule, convert
+from convert.table import left_out
 
 RULES = [
     Rule("blocks.*.fc.weight", "blocks/fc/kernel", "o i -> i o"),
@@ -49,3 +50,14 @@ def test_what_comes_out_is_contiguous():
     tree = convert(RULES, TENSORS, p=2)
     for kernel in (tree["blocks"]["fc"]["kernel"], tree["head"]["kernel"]):
         assert kernel.flags["C_CONTIGUOUS"]
+
+
+def test_what_is_left_out_is_passed_over_and_may_be_absent():
+    rules = [left_out("text."), left_out("blocks.10."), left_out("absent"), *RULES]
+    tree = convert(rules, TENSORS | {"text.odd": np.zeros(1)}, p=2)
+    assert tree["blocks"]["fc"]["kernel"][:, 0, 0].tolist() == list(range(10))
+    assert set(tree) == {"blocks", "head"}
+    with pytest.raises(KeyError, match=r"rules without their tensors: \['head.weight'\]"):
+        convert([left_out("head."), *RULES], TENSORS, p=2)
+    with pytest.raises(KeyError, match=r"tensors without a rule: \['context.odd'\]"):
+        convert(rules, TENSORS | {"context.odd": np.zeros(1)}, p=2)

@@ -12,7 +12,8 @@ import small
 
 from fvdm_jax import video
 from fvdm_jax.program import Refusal
-from fvdm_jax.request import explain, parse, picture
+from fvdm_jax.explain import explain, picture
+from fvdm_jax.request import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = small.SAMPLING | {"frames": 33, "size": [64, 64], "steps": 20}
@@ -20,7 +21,7 @@ SAMPLING = small.SAMPLING | {"frames": 33, "size": [64, 64], "steps": 20}
 
 def stored(sampling: dict, **vae) -> dict:
     """What the folder of a model says of it, as far as this program reads it before jax is there."""
-    return {"sampling": sampling, "vae": {"patch": 2, "temporal": [True, True]} | vae}
+    return {"sampling": sampling, "vae": {"latent": 4, "patch": 2, "temporal": [True, True]} | vae}
 
 
 @pytest.fixture

@@ -5,24 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import convert, wan
+from fvdm_jax import sharding
 from fvdm_jax.models.text import TextConfig, TextEncoder, abstract, relative_buckets
-from fvdm_jax.models.tokenizer import END, OFFSET, PAD, VOCABULARY, byte_length, byte_tokens
+from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer
 
 CONFIG = TextConfig(VOCABULARY, 16, 2, 8, 24, 2, length=12, dtype="float32")
-
-
-def test_bytes_an_end_and_padding():
-    tokens, mask = byte_tokens(["ab", "", "é"], 5)
-    a, b = ord("a") + OFFSET, ord("b") + OFFSET
-    assert tokens.tolist()[:2] == [[a, b, END, PAD, PAD], [END, PAD, PAD, PAD, PAD]]
-    assert tokens[2].tolist() == [0xC3 + OFFSET, 0xA9 + OFFSET, END, PAD, PAD]
-    assert mask.sum(1).tolist() == [3, 1, 3] == [byte_length(p) for p in ("ab", "", "é")]
-    assert tokens.max() < VOCABULARY
-
-
-def test_a_long_prompt_is_cut_and_still_ends():
-    tokens, mask = byte_tokens(["abcdefgh"], 5)
-    assert tokens[0, -1] == END and mask.all() and byte_length("abcdefgh") == 9
 
 
 def test_the_published_size_has_its_number_of_parameters():
@@ -37,21 +25,51 @@ def test_buckets_tell_near_positions_apart_and_the_sides():
     assert buckets[0, 128:].min() == 31 and buckets[128:, 0].min() == 15
 
 
+GOLDEN = np.load(Path(__file__).parent / "golden" / "umt5.npz")
+SMALL = TextConfig(384, 64, 4, 16, 160, 3, dtype="float32")
+
+
 def test_buckets_are_umt5s():
-    golden = np.load(Path(__file__).parent / "golden" / "vae22_umt5.npz")["umt5/buckets"]
+    golden = GOLDEN["const/bucket_rel_minus511_to_511"]
     buckets = relative_buckets(512)
     assert np.array_equal(buckets[511], golden[:512]) and np.array_equal(buckets[0], golden[511:])
 
 
 @pytest.fixture(scope="module")
+def umt5():
+    params = convert(wan.umt5(), {key[2:]: GOLDEN[key] for key in GOLDEN if key.startswith("w/")})
+    tokens, mask = jnp.asarray(GOLDEN["in/ids"], jnp.int32), jnp.asarray(GOLDEN["in/mask"], bool)
+    return params, tokens, mask
+
+
+def test_states_are_umt5s(umt5):
+    params, tokens, mask = umt5
+    states = jax.jit(lambda *x: TextEncoder(SMALL).apply({"params": params}, *x))(tokens, mask)
+    for row, length in enumerate((11, 300)):
+        np.testing.assert_allclose(states[row, :length], GOLDEN[f"out/valid{row}"], rtol=0, atol=5e-6)
+        assert not np.any(states[row, length:])
+
+
+def test_eight_devices_say_the_same(umt5):
+    params, tokens, mask = umt5
+    over = sharding.mesh(fsdp=2, tensor=4)
+    spread = jax.device_put(params, sharding.shardings(over, abstract(SMALL)))
+    kernel = spread["layers"]["attention"]["q"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 64 // 2, 64 // 4)
+    encode = jax.jit(lambda params, *x: TextEncoder(SMALL).apply({"params": params}, *x))
+    alone, together = (np.asarray(encode(p, tokens, mask)) for p in (params, spread))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
 def encoder():
-    tokens, mask = byte_tokens(["a"], 12)
+    tokens, mask = byte_tokenizer(["a"], 12)
     params = jax.jit(TextEncoder(CONFIG).init)(jax.random.key(0), tokens, mask)
     return jax.jit(lambda tokens, mask: TextEncoder(CONFIG).apply(params, tokens, mask))
 
 
 def test_what_follows_a_prompt_is_not_read_and_its_rows_are_zero(encoder):
-    tokens, mask = byte_tokens(["cat", "cat"], 12)
+    tokens, mask = byte_tokenizer(["cat", "cat"], 12)
     tokens[1, 4:] = 77
     states = encoder(jnp.asarray(tokens), jnp.asarray(mask))
     assert not np.any(states[:, 4:]) and np.all(np.any(states[:, :4], -1))
@@ -59,6 +77,6 @@ def test_what_follows_a_prompt_is_not_read_and_its_rows_are_zero(encoder):
 
 
 def test_the_order_of_letters_is_read(encoder):
-    tokens, mask = byte_tokens(["tac", "cat"], 12)
+    tokens, mask = byte_tokenizer(["tac", "cat"], 12)
     states = encoder(jnp.asarray(tokens), jnp.asarray(mask))
     assert np.abs(states[0, 0] - states[1, 2]).max() > 3e-3

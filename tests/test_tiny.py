@@ -17,7 +17,7 @@ import pytest
 from fvdm_jax import checkpoint, video
 from fvdm_jax.data import source
 from fvdm_jax.guidance import guided
-from fvdm_jax.models.tokenizer import byte_tokens
+from fvdm_jax.models.tokenizer import byte_tokenizer
 from fvdm_jax.process import flow
 from fvdm_jax.request import TINY
 from fvdm_jax.samplers import SAMPLERS, sample
@@ -73,7 +73,7 @@ def generate(model):
     def run(prompts: list[str], kept: np.ndarray | None = None):
         task = text_to_video((len(prompts), 1 + FRAMES // 4, side, side, networks.vae.latent))
         task = task if kept is None else task.keep(kept, 0)
-        tokens = byte_tokens([*prompts, *[""] * len(prompts)], networks.text.length)
+        tokens = byte_tokenizer([*prompts, *[""] * len(prompts)], networks.text.length)
         return jax.tree.map(np.asarray, program(*map(jnp.asarray, tokens), *task))
 
     return run
@@ -147,7 +147,7 @@ def test_it_says_the_same_in_bfloat16(model):
     networks, params = model
     side = SIDE // networks.vae.spatial
     x = jax.random.normal(jax.random.key(0), (1, 1 + FRAMES // 4, side, side, networks.dit.channels_in))
-    text = networks.read(params, *byte_tokens(["a red circle moves right"], 128))
+    text = networks.read(params, *byte_tokenizer(["a red circle moves right"], 128))
     timestep = jnp.linspace(0, 999, x.shape[1])[None]
     says = {}
     for dtype in ("float32", "bfloat16"):

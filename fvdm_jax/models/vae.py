@@ -1,8 +1,11 @@
-"""Wan's causal video VAEs, encode and decode of a whole clip: 2.1 and 2.2 are two configs of one network.
+"""Wan's causal video VAEs, 2.1 and 2.2, as two configs of one network; of a whole clip, or piece by piece.
 
 A clip of t = 4·f − 3 frames becomes f latent frames; no frame ever sees a later one. The first frame is
 encoded alone, so an image is a clip of one frame. Source: Wan2.1 wan/modules/vae.py and Wan2.2
 wan/modules/vae2_2.py, whose chunk cache equals the whole-clip forms used here.
+
+Where the collection MEMORY is mutable, every convolution over time leaves there what it needs of a piece for
+the next one, which is given with `begun`: the frames of such a piece are not the first of the clip.
 """
 
 import dataclasses
@@ -14,10 +17,11 @@ from einops import rearrange, reduce, repeat
 from jaxtyping import Array, Float
 
 from fvdm_jax.kernels.attention import attention
-from fvdm_jax.models.layers import named
+from fvdm_jax.models.layers import named, precision
 from fvdm_jax.shapes import Latents, Video
 
 Frames = Float[Array, "b t h w c"]
+MEMORY = "memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,11 @@ class VAEConfig:
     def spatial(self) -> int:
         """Pixels to a side of one latent pixel."""
         return self.patch * 2 ** len(self.temporal)
+
+    @property
+    def stride(self) -> int:
+        """Frames to a latent frame, but for the first."""
+        return 2 ** sum(self.temporal)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -76,24 +85,27 @@ SIZES = {
 """The published sizes; Wan2.2's A14B models use `wan_2_1`, only its TI2V-5B uses `wan_2_2`."""
 
 
-def causal_conv(x: Frames, kernel: Float[Array, "t h w i o"]) -> Frames:
-    """Convolution that sees only this frame and earlier ones; zeros before the clip and around the frame.
+def causal_conv(x: Frames, kernel: Float[Array, "t h w i o"], past: Frames | None = None) -> Frames:
+    """Convolution that sees only this frame and earlier ones: `past`, the kernel's length less 1, or zeros.
 
     Runs as one 2-D convolution over the taps' channels side by side, 1.3 to 1.9 times as fast as a 3-D one
     on CPU. Taps that could only ever see zeros, because the clip is shorter than the kernel, are left out.
     """
     b, t = x.shape[:2]
-    kernel = kernel[-min(t, kernel.shape[0]) :]
+    if past is None:
+        kernel = kernel[-min(t, kernel.shape[0]) :]
+        past = jnp.zeros((b, kernel.shape[0] - 1, *x.shape[2:]), x.dtype)
     taps = kernel.shape[0]
-    padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0), (0, 0), (0, 0)))
+    padded = jnp.concatenate([past, x], axis=1)
     seen = jnp.concatenate([padded[:, i : i + t] for i in range(taps)], axis=-1)
     y = _conv2d(rearrange(seen, "b t h w c -> (b t) h w c"), rearrange(kernel, "t h w i o -> h w (t i) o"))
     return rearrange(y, "(b t) h w c -> b t h w c", b=b)
 
 
 def _conv2d(x, kernel, stride: int = 1, padding="SAME"):
+    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, strides, padding, dimension_numbers=layout, precision=precision(x.dtype)
     )
 
 
@@ -113,12 +125,24 @@ class Conv(nn.Module):
         bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (self.features,))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.stride == 1:
-            y = causal_conv(x, kernel)
+            y = causal_conv(x, kernel, self._past(x))
         else:
             frames = rearrange(x, "b t h w c -> (b t) h w c")
             y = _conv2d(frames, kernel[0], self.stride, ((0, 1), (0, 1)))
             y = rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
         return y + bias.astype(self.dtype)
+
+    def _past(self, x: Frames) -> Frames | None:
+        """The frames before x, if there were any; those before the next piece are remembered in their stead."""
+        length = self.size[0] - 1
+        if not length or self.is_initializing() or not self.is_mutable_collection(MEMORY):
+            return None
+        begun = self.has_variable(MEMORY, "past")
+        shape = (x.shape[0], length, *x.shape[2:])
+        memory = self.variable(MEMORY, "past", jnp.zeros, shape, x.dtype)
+        past = memory.value
+        memory.value = jnp.concatenate([past, x], axis=1)[:, -length:]
+        return past if begun else None
 
 
 class Norm(nn.Module):
@@ -163,40 +187,38 @@ class FrameAttention(nn.Module):
 
 
 class Down(nn.Module):
-    """Halves the frame and, where `temporal`, the frames after the first, which passes by alone."""
+    """Halves the frame and, where `temporal`, the frames after the clip's first, which passes by alone."""
 
     temporal: bool
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Frames) -> Frames:
+    def __call__(self, x: Frames, begun: bool = False) -> Frames:
         c = x.shape[-1]
         x = Conv(c, (1, 3, 3), stride=2, dtype=self.dtype, name="conv")(x)
         if not self.temporal:
             return x
-        time = Conv(c, (3, 1, 1), dtype=self.dtype, name="time_conv")
-        if x.shape[1] == 1:
-            # The parameters must exist whatever clip initialises the network.
-            return x if not self.is_initializing() else x + 0 * time(x)
-        return jnp.concatenate([x[:, :1], time(x)[:, 2::2]], axis=1)
+        # Called for an image too: its parameters must exist, and the frame be remembered.
+        y = Conv(c, (3, 1, 1), dtype=self.dtype, name="time_conv")(x)
+        return y[:, 1::2] if begun else jnp.concatenate([x[:, :1], y[:, 2::2]], axis=1)
 
 
 class Up(nn.Module):
-    """Doubles the frames after the first, where `temporal`, and the frame, to `features` channels."""
+    """Doubles the frames after the clip's first, where `temporal`, and the frame, to `features` channels."""
 
     temporal: bool
     features: int
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Frames) -> Frames:
+    def __call__(self, x: Frames, begun: bool = False) -> Frames:
         if self.temporal:
             time = Conv(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype, name="time_conv")
-            if x.shape[1] > 1:
-                later = rearrange(time(x[:, 1:]), "b t h w (two c) -> b (t two) h w c", two=2)
-                x = jnp.concatenate([x[:, :1], later], axis=1)
-            elif self.is_initializing():
-                time(x)
+            first, later = (x[:, :0], x) if begun else (x[:, :1], x[:, 1:])
+            # After an image there is nothing to double, but zeros to remember: no frame sees the clip's first.
+            doubled = time(later if later.shape[1] else 0 * first)
+            doubled = rearrange(doubled, "b t h w (two c) -> b (t two) h w c", two=2)
+            x = jnp.concatenate([first, doubled[:, : 2 * later.shape[1]]], axis=1)
         x = repeat(x, "b t h w c -> b t (h p) (w q) c", p=2, q=2)
         return Conv(self.features, (1, 3, 3), dtype=self.dtype, name="conv")(x)
 
@@ -208,11 +230,11 @@ def average_down(x: Frames, features: int, time: int, space: int) -> Frames:
     return reduce(x, "b t h w (o g) -> b t h w o", "mean", o=features)
 
 
-def copy_up(x: Frames, features: int, time: int, space: int) -> Frames:
-    """Wan 2.2's shortcut up: channels repeated and dealt to the cell; the first frame stays one frame."""
+def copy_up(x: Frames, features: int, time: int, space: int, begun: bool = False) -> Frames:
+    """Wan 2.2's shortcut up: channels repeated and dealt to the cell; the clip's first frame stays one."""
     x = repeat(x, "b t h w c -> b t h w (c r)", r=features * time * space**2 // x.shape[-1])
     x = rearrange(x, "b t h w (o i p q) -> b (t i) (h p) (w q) o", i=time, p=space, q=space)
-    return x[:, time - 1 :]
+    return x if begun else x[:, time - 1 :]
 
 
 class Middle(nn.Module):
@@ -233,7 +255,7 @@ class Encoder(nn.Module):
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Video) -> Frames:
+    def __call__(self, x: Video, begun: bool = False) -> Frames:
         c, dtype = self.config, self.config.dtype
         x = rearrange(x, "b t (h q) (w p) c -> b t h w (c p q)", p=c.patch, q=c.patch)
         x = Conv(c.width, dtype=dtype, name="conv_in")(x)
@@ -242,7 +264,7 @@ class Encoder(nn.Module):
             for j in range(c.blocks):
                 y = Residual(m * c.width, dtype, name=f"level_{i}_block_{j}")(y)
             if down:
-                y = Down(c.temporal[i], dtype, name=f"level_{i}_down")(y)
+                y = Down(c.temporal[i], dtype, name=f"level_{i}_down")(y, begun)
             if c.shortcuts:
                 time, space = 2 if down and c.temporal[i] else 1, 2 if down else 1
                 y = y + average_down(x, m * c.width, time, space)
@@ -258,7 +280,7 @@ class Decoder(nn.Module):
     config: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Frames) -> Video:
+    def __call__(self, x: Frames, begun: bool = False) -> Video:
         c, dtype = self.config, self.config.dtype
         x = Conv(c.latent, (1, 1, 1), dtype=dtype, name="post_quant")(x)
         x = Conv(c.multipliers[-1] * c.decoder_width, dtype=dtype, name="conv_in")(x)
@@ -270,9 +292,9 @@ class Decoder(nn.Module):
                 y = Residual(features, dtype, name=f"level_{i}_block_{j}")(y)
             if i < len(temporal):
                 narrow = features if c.shortcuts else features // 2
-                y = Up(temporal[i], narrow, dtype, name=f"level_{i}_up")(y)
+                y = Up(temporal[i], narrow, dtype, name=f"level_{i}_up")(y, begun)
                 if c.shortcuts:
-                    y = y + copy_up(x, features, 2 if temporal[i] else 1, 2)
+                    y = y + copy_up(x, features, 2 if temporal[i] else 1, 2, begun)
             x = y
         x = Conv(3 * c.patch**2, dtype=dtype, name="conv_out")(nn.silu(Norm(name="norm_out")(x)))
         return rearrange(x, "b t h w (c p q) -> b t (h q) (w p) c", p=c.patch, q=c.patch)
@@ -290,20 +312,21 @@ class VAE(nn.Module):
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
 
-    def moments(self, video: Video) -> tuple[Latents, Latents]:
+    def moments(self, video: Video, begun: bool = False) -> tuple[Latents, Latents]:
         """Mean and log-variance of the latents [b f h w c], not normalised."""
-        mean, log_variance = jnp.split(self.encoder(video).astype(jnp.float32), 2, axis=-1)
+        mean, log_variance = jnp.split(self.encoder(video, begun).astype(jnp.float32), 2, axis=-1)
         return mean, log_variance
 
-    def encode(self, video: Video) -> Latents:
+    def encode(self, video: Video, begun: bool = False) -> Latents:
         """The mean of the latents, normalised; nothing is drawn."""
         c = self.config
-        return (self.moments(video)[0] - jnp.asarray(c.mean)) / jnp.asarray(c.std)
+        return (self.moments(video, begun)[0] - jnp.asarray(c.mean)) / jnp.asarray(c.std)
 
-    def decode(self, latents: Latents) -> Video:
+    def decode(self, latents: Latents, begun: bool = False) -> Video:
         """Pixels, not clipped to −1 … 1: Wan's wrapper clips, here whoever turns them into bytes does."""
         c = self.config
-        return self.decoder(latents * jnp.asarray(c.std) + jnp.asarray(c.mean)).astype(jnp.float32)
+        x = latents * jnp.asarray(c.std) + jnp.asarray(c.mean)
+        return self.decoder(x, begun).astype(jnp.float32)
 
     def __call__(self, video: Video) -> Video:
         return self.decode(self.encode(video))

@@ -1,0 +1,155 @@
+"""Clips through the VAE piece by piece: memory does not grow with their length.
+
+A piece is a latent frame and the pictures that belong to it: one for the first, then as many as the VAE joins.
+What the convolutions remember from piece to piece is the carry of one scan. The results are those of the whole
+clip up to rounding. Frames split over devices, by their sharding, stay so.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from fvdm_jax.models.vae import MEMORY, VAE, VAEConfig
+from fvdm_jax.shapes import Latents, Video
+
+
+def piece(config: VAEConfig, method: str, params: dict, x, memory: dict | None = None):
+    """(result, memory for the next piece) of `method`, encode or decode, for a piece of a clip.
+
+    Without memory x is the first piece; it may be of any length that a clip may have, later ones of any that
+    adds whole latent frames.
+    """
+    variables = {"params": params} | ({} if memory is None else {MEMORY: memory})
+    begun = memory is not None
+    result, changed = VAE(config).apply(variables, x, begun, method=method, mutable=[MEMORY])
+    return result, changed[MEMORY]
+
+
+def _scanned(config: VAEConfig, method: str, params: dict, first, rest):
+    """The results of the `first` piece and of those of `rest`, stacked on a first axis; None where it is empty."""
+    result, memory = piece(config, method, params, first)
+    if not len(rest):
+        # The loop would be compiled though it never turns.
+        return result, None
+
+    def step(memory, x):
+        result, memory = piece(config, method, params, x, memory)
+        return memory, result
+
+    return result, jax.lax.scan(step, memory, rest)[1]
+
+
+def encode(config: VAEConfig, params: dict, video: Video) -> Latents:
+    """Normalised latents [b f h w c] of pixels [b t H W 3], −1 … 1, as `VAE.encode`."""
+    later = rearrange(video[:, 1:], "b (n t) h w c -> n b t h w c", t=config.stride)
+    first, rest = _scanned(config, "encode", params, video[:, :1], later)
+    return first if rest is None else jnp.concatenate([first, rearrange(rest, "n b 1 h w c -> b n h w c")], 1)
+
+
+def decode(config: VAEConfig, params: dict, latents: Latents) -> Video:
+    """Pixels [b t H W 3] of normalised latents [b f h w c], as `VAE.decode`."""
+    later = rearrange(latents[:, 1:], "b n h w c -> n b 1 h w c")
+    first, rest = _scanned(config, "decode", params, latents[:, :1], later)
+    return first if rest is None else jnp.concatenate([first, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
+
+
+class Decoder:
+    """Decodes clips of one size: compiled once for the first latent frame and once for all the others."""
+
+    def __init__(self, config: VAEConfig, params: dict, first: Latents):
+        """`first`, a latent frame [b 1 h w c], tells sizes and sharding; nothing is computed."""
+        decode = partial(piece, config, "decode")
+        self._begin = jax.jit(decode).lower(params, first).compile()
+        # Memory stays where the first piece left it, or the second of the others would be compiled anew.
+        _, placed = self._begin.output_shardings
+        memory = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            jax.eval_shape(decode, params, first)[1],
+            placed,
+        )
+        proceed = jax.jit(decode, out_shardings=(None, placed), donate_argnums=2)
+        self._proceed = proceed.lower(params, first, memory).compile()
+        self._params, self.placement = params, first.sharding
+
+    @property
+    def bytes(self) -> int:
+        """What decoding takes of a device's memory, beside the parameters and the latents."""
+        sizes = self._proceed.memory_analysis()
+        return sizes.temp_size_in_bytes + sizes.output_size_in_bytes
+
+    def __call__(self, latents: Latents) -> Iterator[Video]:
+        """The pictures [b t H W 3] of each latent frame in turn, computed while the last are being used."""
+        ready, memory = self._begin(self._params, latents[:, :1])
+        for i in range(1, latents.shape[1]):
+            coming, memory = self._proceed(self._params, latents[:, i : i + 1], memory)
+            yield ready
+            ready = coming
+        yield ready
+
+
+OVERLAP = 8
+"""Latent pixels that neighbouring tiles share."""
+
+
+class Tiles(NamedTuple):
+    """Frames cut into so many rows and columns of tiles of one size, which overlap and are blended."""
+
+    rows: int
+    columns: int
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a tile of a frame, all in latent pixels."""
+        return _side(height, self.rows), _side(width, self.columns)
+
+    def finer(self, height: int, width: int) -> "Tiles":
+        """With one cut more, across the longer side of the tiles."""
+        tall, wide = self.sides(height, width)
+        return Tiles(self.rows + 1, self.columns) if tall > wide else Tiles(self.rows, self.columns + 1)
+
+    def smallest(self, height: int, width: int) -> bool:
+        """Whether tiles would hardly be smaller if there were more."""
+        return max(self.sides(height, width)) <= 2 * OVERLAP
+
+
+def _side(length: int, count: int) -> int:
+    return min(length, -(-(length + (count - 1) * OVERLAP) // count))
+
+
+def _corners(length: int, count: int) -> list[int]:
+    return np.rint(np.linspace(0, length - _side(length, count), count)).astype(int).tolist()
+
+
+def _fade(begin: int, size: int, length: int, scale: int) -> np.ndarray:
+    """Weights of a tile's pixels along one axis: they rise and fall over the overlap, not at the frame's edge."""
+    at = (np.arange(size * scale) + 0.5) / (OVERLAP * scale)
+    rising = np.minimum(1, at) if begin else np.ones_like(at)
+    falling = np.minimum(1, at[::-1]) if begin + size < length else np.ones_like(at)
+    return np.minimum(rising, falling).astype(np.float32)
+
+
+def decode_tiled(decoder: Decoder, latents: np.ndarray, tiles: Tiles, config: VAEConfig) -> Iterator[Video]:
+    """The pictures [b t H W 3], on the host, of each latent frame of [b f h w c], decoded tile by tile.
+
+    The `decoder` is of the tiles' size. Near to `decode` and not equal: a tile knows nothing of the frame
+    beyond it. All is decoded before the first pictures come, and held as float32.
+    """
+    (h, w), scale = latents.shape[2:4], config.spatial
+    tall, wide = tiles.sides(h, w)
+    frames = 1 + (latents.shape[1] - 1) * config.stride
+    total = np.zeros((latents.shape[0], frames, h * scale, w * scale, 3), np.float32)
+    weight = np.zeros((h * scale, w * scale, 1), np.float32)
+    for top, left in itertools.product(_corners(h, tiles.rows), _corners(w, tiles.columns)):
+        part = jnp.asarray(latents[:, :, top : top + tall, left : left + wide])
+        pixels = np.concatenate([np.asarray(piece) for piece in decoder(part)], axis=1)
+        fade = np.multiply.outer(_fade(top, tall, h, scale), _fade(left, wide, w, scale))[..., None]
+        rows, columns = (slice(at * scale, (at + n) * scale) for at, n in ((top, tall), (left, wide)))
+        total[:, :, rows, columns] += pixels * fade
+        weight[rows, columns] += fade
+    total /= weight
+    yield from np.split(total, range(1, frames, config.stride), axis=1)

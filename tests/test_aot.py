@@ -1,0 +1,43 @@
+"""Programs of the published size, compiled for TPUs that are not there; the figures are the compiler's."""
+
+import dataclasses
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fvdm_jax import sharding
+from fvdm_jax.models import streaming, vae
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    """The eight chips of a v5e 2x4 slice, 16 GB each."""
+    pytest.importorskip("libtpu", reason='needs libtpu: pip install "jax[tpu]"')
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+def placed(tree, at):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_streamed_decode_at_720p_fits_eight_chips(v5e, dtype, capsys):
+    config = dataclasses.replace(vae.SIZES["wan_2_1"], dtype=dtype)
+    over = sharding.mesh(context=8, devices=v5e)
+    params = placed(nn.meta.unbox(vae.abstract(config)), sharding.replicated(over))
+    latents = placed(jnp.zeros((1, 21, 90, 160, 16)), sharding.spatial(over))
+    decode = jax.jit(lambda params, x: streaming.decode(config, params, x))
+    sizes = decode.lower(params, latents).compile().memory_analysis()
+    peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    with capsys.disabled():
+        print(f"\n81 frames of 720x1280 on v5e:2x4, {dtype}: {peak / GIB:.2f} GiB a chip\n{sizes}")
+    assert peak < 16e9
