@@ -105,8 +105,8 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     """The networks of a folder and the parameters of those of them that `parts` names.
 
-    The folder holds `config.json`, with a config for each, and NAME.safetensors. Raises Refusal where a config
-    is none, a file is not whole, or its arrays are not those of its config.
+    The folder holds `config.json`, with a config for each, and NAME.safetensors. Raises Refusal where a
+    config is none, a file is not whole, or its arrays are not those of its config.
     """
     networks = describe(folder)
     params = {}

@@ -4,7 +4,7 @@ What a file is, is read from its first bytes; its name says nothing. Only the de
 ever called, and nothing reaches the network or another file. Of an image: EXIF orientation and colour
 profile are applied, transparency lies on white, 16 bits are scaled to 8, an animated PNG or WebP gives its
 first frame.
-Of a clip: the frames in their order, whatever their times; an animated GIF is a clip.
+Of a clip: all its frames, or those that are shown at a rate asked for; an animated GIF is a clip.
 """
 
 import contextlib
@@ -53,14 +53,26 @@ STRANGERS = (
 READABLE = "give a PNG, JPEG, WebP, BMP, TIFF, GIF, MP4, MOV, WebM, MKV or AVI file"
 
 
+INSTANT = 1e-3
+"""Seconds by which clocks of files round."""
+
+
 class Media(NamedTuple):
-    """What a file holds: `kind` is "image", "gif" (animated) or "video"; sides in pixels as shown."""
+    """What a file holds: `kind` is "image", "gif" (animated) or "video"; sides in pixels as shown.
+
+    `span` is the time from the first frame to the last, in seconds.
+    """
 
     kind: str
     format: str
     width: int
     height: int
     frames: int
+    span: float = 0.0
+
+    def at(self, fps: float) -> int:
+        """How many frames `pictures` gives at this rate."""
+        return 1 + int((self.span + INSTANT) * fps)
 
 
 def probe(path: str | os.PathLike) -> Media:
@@ -76,12 +88,28 @@ def probe(path: str | os.PathLike) -> Media:
 
 
 @contextlib.contextmanager
-def pictures(path: str | os.PathLike) -> Iterator[Iterator]:
-    """The pictures of the file at `path`, decoded one at a time, as PIL images. Raises Refusal."""
+def pictures(path: str | os.PathLike, fps: float | None = None) -> Iterator[Iterator]:
+    """The pictures of the file at `path`, decoded one at a time, as PIL images. Raises Refusal.
+
+    With `fps` those that a player shows at 0, 1/fps, 2/fps … seconds, up to the last one's beginning.
+    """
     kind, form = _sniff(path)
     decode = _gif_frames if form == "GIF" else _still if kind == "image" else _clip_frames
-    with _refusing(path), contextlib.closing(decode(path, form)) as decoded:
-        yield decoded
+    with _refusing(path), contextlib.closing(decode(path, form)) as timed:
+        yield (picture for _, picture in timed) if fps is None else _at_rate(timed, fps)
+
+
+def _at_rate(timed: Iterator, fps: float) -> Iterator:
+    """Of (seconds, picture) the picture shown at each tick."""
+    tick, held, start = 0, None, None
+    for time, picture in timed:
+        start = time if start is None else start
+        while held is not None and tick / fps < time - start - INSTANT:
+            yield held
+            tick += 1
+        held = picture
+    if held is not None and tick / fps <= time - start + INSTANT:
+        yield held
 
 
 def _sniff(path) -> tuple[str, str]:
@@ -155,6 +183,7 @@ def _check_size(path, width: int, height: int) -> None:
 def _probe_image(path, form: str) -> Media:
     with _opened(path, form) as image:
         frames = getattr(image, "n_frames", 1) if form == "GIF" else 1
+        span = sum(_seconds(image, i) for i in range(frames - 1))
         # Asked for before decoding, which a JPEG then does at an eighth of the size in an eighth of the time.
         width, height = image.size
         if image.getexif().get(0x0112, 1) >= 5:
@@ -162,7 +191,14 @@ def _probe_image(path, form: str) -> Media:
         image.seek(0)
         image.draft(None, (width // 8, height // 8))
         _colours(path, form, image)
-        return Media("gif" if frames > 1 else "image", form, width, height, frames)
+        return Media("gif" if frames > 1 else "image", form, width, height, frames, span)
+
+
+def _seconds(image, index: int) -> float:
+    """How long a frame of an animation is shown; players take less than 20 ms for 100."""
+    image.seek(index)
+    duration = image.info.get("duration") or 0
+    return (duration if duration >= 20 else 100) / 1000
 
 
 @contextlib.contextmanager
@@ -178,15 +214,16 @@ def _still(path, form: str) -> Iterator:
     from PIL import ImageOps
 
     with _opened(path, form) as image:
-        yield _colours(path, form, ImageOps.exif_transpose(image))
+        yield 0.0, _colours(path, form, ImageOps.exif_transpose(image))
 
 
 def _gif_frames(path, form: str) -> Iterator:
-    from PIL import ImageSequence
-
+    time = 0.0
     with _opened(path, form) as image:
-        for frame in ImageSequence.Iterator(image):
-            yield _colours(path, form, frame)
+        for index in range(image.n_frames):
+            seconds = _seconds(image, index)
+            yield time, _colours(path, form, image)
+            time += seconds
 
 
 def _colours(path, form, image):
@@ -246,10 +283,18 @@ def _probe_clip(path, form: str) -> Media:
             raise Refusal(path, "is cut short: its index names frames beyond its end", "give a whole file")
         # Trimmed clips hold frames that are not to be shown; containers other than mov have no whole index.
         shown = sum(not entry.is_discard for entry in stream.index_entries) if form == "mov" else 0
-        frames = shown or sum(p.size > 0 and not p.is_discard for p in container.demux(stream))
+        times = [p.pts for p in container.demux(stream) if p.size > 0 and not p.is_discard]
+        frames = shown or len(times)
         if not frames:
             raise Refusal(path, "has no frames", "give a clip")
-        return Media("video", form, *_shown(stream), frames)
+        known = [time for time in times if time is not None]
+        span = (max(known) - min(known)) * stream.time_base if len(known) == len(times) else None
+        return Media("video", form, *_shown(stream), frames, float(span or (frames - 1) / _rate(stream)))
+
+
+def _rate(stream) -> float:
+    """Frames a second, for clips that do not say when each is shown."""
+    return float(stream.average_rate or 25)
 
 
 def _shown(stream) -> tuple[int, int]:
@@ -268,7 +313,8 @@ def _clip_frames(path, form: str) -> Iterator:
             if frame.is_corrupt:
                 raise Refusal(path, f"frame {index} is damaged", "give a whole file, or keep fewer frames")
             picture = Image.fromarray(_rgb(frame, *_shown(stream)))
-            yield picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+            time = index / _rate(stream) if frame.time is None else frame.time
+            yield time, picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
 
 
 def _decoded(path, container, stream) -> Iterator:

@@ -23,10 +23,10 @@ what --keep takes
   STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what
                           follows the last colon, if that is a number.
 A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
-about half of the video. Pictures are scaled to cover the video and cropped to its middle; every frame of a
-clip is taken for one of the video, whatever its rate. What is kept is kept in the space of the VAE, whose
-decoder shows a frame in the light of those before it; after frame 0 a clip begins with one that stands for
-four. An animated GIF is a clip.
+about half of the video. Pictures are scaled to cover the video and cropped to its middle; of a clip those
+frames are taken that a player shows at the video's rate (--fps), whatever its own. What is kept is kept in
+the space of the VAE, whose decoder shows a frame in the light of those before it; after frame 0 a clip begins
+with one that stands for four. An animated GIF is a clip.
 """
 
 
@@ -96,13 +96,14 @@ def _asked(text: str, frames: int) -> _Asked:
     return _Asked(flag, first, last, form, Path(path if colon else file), strength)
 
 
-def placed(texts: Sequence[str], frames: int) -> tuple[Keep, ...]:
+def placed(texts: Sequence[str], frames: int, fps: float) -> tuple[Keep, ...]:
     """What each FRAME=FILE[:STRENGTH] keeps of a video of `frames` latent frames, in the order of the frames.
 
-    Raises Refusal, named --keep, for a bad frame, strength or file, and for a frame that is given twice.
+    Frames of clips are counted at `fps` a second. Raises Refusal, named --keep, for a bad frame, strength or
+    file, and for a frame that is given twice.
     """
     asked = [_asked(text, frames) for text in texts]
-    media = [_probed(one) for one in asked]
+    media = [_probed(one, fps) for one in asked]
     free = sum(m.kind != "image" and one.form != "range" for one, m in zip(asked, media, strict=True))
     share = max(1, frames // max(1, 2 * free))
     keeps = []
@@ -126,9 +127,10 @@ def placed(texts: Sequence[str], frames: int) -> tuple[Keep, ...]:
     return tuple(keep for keep, _ in keeps)
 
 
-def _probed(one: _Asked) -> video.Media:
+def _probed(one: _Asked, fps: float) -> video.Media:
     try:
-        return video.probe(one.path)
+        held = video.probe(one.path)
+        return held if held.kind == "image" else held._replace(frames=held.at(fps))
     except Refusal as refusal:
         raise Refusal(one.flag, f"the file {refusal.what}", refusal.right) from refusal
 

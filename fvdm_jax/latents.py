@@ -57,7 +57,7 @@ def probe(path: Path) -> Saved:
 
 
 def load(path: Path) -> np.ndarray:
-    """The latents [b f h w c], float32. Raises Refusal, named `path`, as `probe` and where they are not finite."""
+    """The latents [b f h w c], float32. Raises Refusal as `probe` does, and where they are not finite."""
     from safetensors.numpy import load_file
 
     probe(path)

@@ -39,7 +39,7 @@ class TextCache:
         self._folder, self._depends = folder, json.dumps(depends, sort_keys=True, default=str)
 
     def states(self, prompt: str, length: int, read: Callable[[str], np.ndarray]) -> np.ndarray:
-        """The states [length e] of a prompt, from the folder, or else as `read` has them, which are then kept.
+        """The states [length e] of a prompt, from the folder, or as `read` has them, which are then kept.
 
         Their rows are 0 after the prompt's true length; only those before are stored.
         """
@@ -58,8 +58,9 @@ class TextCache:
         if not self._folder:
             return None
         try:
-            return np.load(self._path(prompt), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            with open(self._path(prompt), "rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError):
             # Not there, or not whole: encoded again and replaced.
             return None
 

@@ -51,8 +51,8 @@ class Defaults:
 class Request:
     """A video to be sampled; None: as the model has it. Complete, with its `keeps`, once `validate` made it.
 
-    frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given. With `decode`,
-    a file of latents, it is the request that they were made by. `tiles` (0, 0): as many as memory asks for.
+    frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given. With
+    `decode`, a file of latents, it is the request that made them. `tiles` (0, 0): as memory asks for.
     """
 
     prompt: str | None = None
@@ -245,7 +245,7 @@ def validate(request: Request, model: Defaults) -> Request:
             value = getattr(filled, name)
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
             raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
-    complete = dataclasses.replace(filled, keeps=placed(filled.keep, filled.latent_frames))
+    complete = dataclasses.replace(filled, keeps=placed(filled.keep, filled.latent_frames, filled.fps))
     if not complete.explain:
         _check_outputs(complete)
     return complete

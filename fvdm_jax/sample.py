@@ -16,7 +16,7 @@ from fvdm_jax.program import leave, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, parse
 
-TOKENIZERS = ("spiece.model", "tokenizer.json")
+TOKENIZERS = ("tokenizer.json", "spiece.model")
 """What a model's folder may hold beside the weights; where it has neither, its prompts are bytes."""
 
 LONG = 1e13
@@ -69,7 +69,9 @@ def generate(request: Request, stages: Stages):
     task, encoders = tasks.text_to_video(shape), {}
     for keep in request.keeps:
         with stages("read"):
-            clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip))[None]
+            clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip, request.fps))[
+                None
+            ]
         if keep.frames not in encoders:
             encoders[keep.frames] = _compiled(stages, networks.encode, params, clip)
         kept = _run(stages, "encode", encoders[keep.frames], params, clip)
@@ -98,10 +100,10 @@ def show(request: Request, made, stages: Stages) -> None:
     wanted = set(video.shown(frames))
 
     def seen():
-        for index, picture in enumerate(pictures(request, networks, params, made, stages)):
+        for index, one in enumerate(pictures(request, networks, params, made, stages)):
             if index in wanted:
-                chosen.append(picture)
-            yield picture
+                chosen.append(one)
+            yield one
 
     comment = json.dumps(request.settings, ensure_ascii=False)
     with outputs(*request.outputs) as drafts:
@@ -120,14 +122,12 @@ def show(request: Request, made, stages: Stages) -> None:
 
 def pictures(request: Request, networks, params: dict, made, stages: Stages) -> Iterator:
     """The pictures, uint8 [H W 3], of latents [1 f h w c], one by one as they are decoded."""
-    import jax
-
     from fvdm_jax import video
     from fvdm_jax.models.streaming import decode_tiled
 
     decoder, tiles = _decoder(request, networks.vae, params["vae"], made, stages)
     if tiles is None:
-        pieces = decoder(jax.device_put(made, decoder.placement))
+        pieces = decoder(made)
     else:
         pieces = decode_tiled(decoder, made, tiles, networks.vae)
     while True:
@@ -146,7 +146,7 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
     import jax.numpy as jnp
 
     from fvdm_jax import sharding
-    from fvdm_jax.models.streaming import Decoder, Tiles
+    from fvdm_jax.models.streaming import Stream, Tiles
 
     height, width, channels = made.shape[2:]
     asked, free = any(request.tiles), _free(jax.devices()[0])
@@ -156,7 +156,7 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
         tile = jnp.zeros((1, 1, *grid.sides(height, width), channels))
         tile = jax.device_put(tile, sharding.spatial(over))
         with stages("compile"):
-            decoder = Decoder(config, jax.device_put(params, sharding.replicated(over)), tile)
+            decoder = Stream(config, "decode", jax.device_put(params, sharding.replicated(over)), tile)
         if asked or decoder.bytes < free or grid.smallest(height, width):
             break
         grid = grid.finer(height, width)

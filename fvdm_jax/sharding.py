@@ -16,7 +16,7 @@ TABLE = (
     ("embed_in", "fsdp"),
     ("conv_in", "fsdp"),
 )
-"""Logical axis of a parameter → axis of the mesh, the first that fits; what is not named is whole everywhere."""
+"""Logical axis of a parameter → axis of the mesh; what is not named is whole on every device."""
 
 
 def mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -55,6 +55,6 @@ def replicated(over: Mesh) -> NamedSharding:
 
 
 def across(width: int, least: int = 8) -> Mesh:
-    """As many devices as divide frames of this width, in latent pixels, into parts of no fewer than `least`."""
+    """As many devices as divide frames of this width, in latent pixels, into parts of `least` or more."""
     counts = [n for n in range(1, len(jax.devices()) + 1) if width % n == 0 and width // n >= least]
     return mesh(context=max(counts, default=1))

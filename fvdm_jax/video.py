@@ -43,13 +43,16 @@ def to_pixels(video: np.ndarray) -> np.ndarray:
     return np.clip(np.rint((video + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
 
 
-def read(path: str | os.PathLike, frames: int, size: tuple[int, int], skip: int = 0) -> np.ndarray:
+def read(
+    path: str | os.PathLike, frames: int, size: tuple[int, int], skip: int = 0, fps: float | None = None
+) -> np.ndarray:
     """`frames` frames from frame `skip` on, as uint8 [frames H W 3], scaled to cover `size` (H, W), cropped.
 
-    Decodes no frame after the last one needed. Raises Refusal, named `path`, where the file cannot be used,
+    They are counted at `fps` a second, whatever the file's own rate; None: as they are in the file. Decodes
+    no frame after the last one needed. Raises Refusal, named `path`, where the file cannot be used,
     is damaged before the last frame needed, or is shorter.
     """
-    with pictures(path) as decoded:
+    with pictures(path, fps) as decoded:
         found = [_cover(picture, size) for picture in islice(decoded, skip, skip + frames)]
     if len(found) < frames:
         short = f"{skip + frames} frames needed, {skip + len(found) if found else 'fewer than that'} found"
@@ -140,9 +143,9 @@ def shown(frames: int) -> list[int]:
 def contact_sheet(pixels: np.ndarray, columns: int = 8, strength: Sequence[float] = (), frames: int = 0):
     """A PIL image of the frames of uint8 [t H W 3] that `shown` chooses, each above its number.
 
-    With `frames`, pixels are those frames alone, of a clip of so many. A number is bright where a latent frame
-    begins. Where the `strength` of the latent frames is given, a line below a frame is full where it was kept,
-    dashed where it was kept loosely, absent where it was generated.
+    With `frames`, pixels are those frames alone, of a clip of so many. A number is bright where a latent
+    frame begins. Where the `strength` of the latent frames is given, a line below a frame is full where it
+    was kept, dashed where it was kept loosely, absent where it was generated.
     """
     from PIL import Image, ImageDraw
 

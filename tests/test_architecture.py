@@ -19,7 +19,7 @@ FLOORS = {
     6: "guidance checkpoint prompts",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text",
-    3: "kernels.attention models.layers",
+    3: "kernels.attention models.layers models.causal",
     2: "program progress decode video keeps latents request explain sharding"
     " process schedule tasks levels models.tokenizer data.source",
     1: "shapes",

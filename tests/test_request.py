@@ -11,8 +11,8 @@ import pytest
 import small
 
 from fvdm_jax import video
-from fvdm_jax.program import Refusal
 from fvdm_jax.explain import explain, picture
+from fvdm_jax.program import Refusal
 from fvdm_jax.request import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,8 +37,8 @@ def place(tmp_path, monkeypatch):
 
     for name in ("a.png", "b.jpg", "odd:0.5.png"):
         Image.fromarray(pixels[0]).save(name)
-    video.write_mp4(Path("short.mp4"), pixels[:9], 16)
-    video.write_mp4(Path("long.mp4"), pixels, 16)
+    video.write_mp4(Path("short.mp4"), pixels[:9], SAMPLING["fps"])
+    video.write_mp4(Path("long.mp4"), pixels, SAMPLING["fps"])
     Path("notes.txt").write_text("hello")
     return tmp_path
 

@@ -53,7 +53,7 @@ def test_a_video_a_sheet_and_every_setting(sample):
     assert code == 0, errors
     assert "3 latent frames   ···" in out
     assert "wrote out.mp4 out.png out.json out.latents.safetensors" in out
-    assert video.probe("out.mp4") == ("video", "mov", 48, 32, 9)
+    assert video.probe("out.mp4")[:5] == ("video", "mov", 48, 32, 9)
     with Image.open("out.png") as sheet:
         assert sheet.size[0] > 3 * 48
     record = json.loads(Path("out.json").read_text("utf-8"))
@@ -146,11 +146,11 @@ def test_a_decode_that_fails_loses_nothing(sample, monkeypatch):
     def fails(*_):
         raise MemoryError("out of memory")
 
-    monkeypatch.setattr("fvdm_jax.sample.pictures", fails)
-    code, _, errors = sample("--out", "one.mp4")
+    with monkeypatch.context() as broken:
+        broken.setattr("fvdm_jax.sample.pictures", fails)
+        code, _, errors = sample("--out", "one.mp4")
     assert code == 1 and "--decode one.latents.safetensors" in errors
     assert not Path("one.mp4").exists() and not Path("one.json").exists()
-    monkeypatch.undo()
     assert sample("--decode", "one.latents.safetensors", "--out", "one.mp4")[0] == 0
 
 
@@ -158,7 +158,7 @@ def test_tiles_are_announced(sample):
     assert sample("--out", "one.mp4")[0] == 0
     code, _, errors = sample("--decode", "one.latents.safetensors", "--out", "two.mp4", "--tiles", "1x2")
     assert code == 0 and "note: frames are decoded in 1x2 blended tiles\n" in errors
-    assert video.probe("two.mp4") == ("video", "mov", 48, 32, 9)
+    assert video.probe("two.mp4")[:5] == ("video", "mov", 48, 32, 9)
 
 
 def test_little_memory_brings_tiles(sample, monkeypatch):
@@ -204,7 +204,9 @@ def test_a_prompt_is_encoded_once(sample, model, monkeypatch):
     load = checkpoint.load
     monkeypatch.setattr(checkpoint, "load", lambda folder, parts: loaded.extend(parts) or load(folder, parts))
     assert sample("--out", "two.mp4", "--prompt", "once")[0] == 0
-    assert "text" not in loaded and np.array_equal(*(video.read(n, 9, (32, 48)) for n in ("one.mp4", "two.mp4")))
+    assert "text" not in loaded and np.array_equal(
+        *(video.read(n, 9, (32, 48)) for n in ("one.mp4", "two.mp4"))
+    )
     assert sample("--out", "three.mp4", "--prompt", "twice")[0] == 0 and "text" in loaded
 
 

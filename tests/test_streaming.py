@@ -10,7 +10,7 @@ import small
 
 from fvdm_jax import sharding
 from fvdm_jax.models import streaming, vae
-from fvdm_jax.models.streaming import Decoder, Tiles, decode_tiled
+from fvdm_jax.models.streaming import Stream, Tiles, decode_tiled
 
 # Two halvings of the frame, of which one halves time.
 CONFIG = vae.VAEConfig(4, 4, 4, (0.0,) * 4, (1.0,) * 4, (1, 2, 2), (False, True), blocks=1, shortcuts=True)
@@ -37,9 +37,17 @@ def whole(params, latents) -> np.ndarray:
 
 
 def test_frames_come_piece_by_piece(params, latents, whole):
-    pieces = list(Decoder(CONFIG, params, latents[:, :1])(latents))
+    pieces = list(Stream(CONFIG, "decode", params, latents[:, :1])(latents))
     assert [piece.shape[1] for piece in pieces] == [1, 2, 2]
     assert_near(np.concatenate(pieces, axis=1), whole)
+
+
+def test_latents_come_piece_by_piece(params, whole):
+    clip = np.clip(whole, -1, 1)
+    pieces = list(Stream(CONFIG, "encode", params, jnp.asarray(clip[:, :1]))(clip))
+    assert [piece.shape[1] for piece in pieces] == [1, 1, 1]
+    expected = jax.jit(lambda p, x: vae.VAE(CONFIG).apply({"params": p}, x, method="encode"))(params, clip)
+    assert_near(np.concatenate(pieces, axis=1), expected)
 
 
 def test_pieces_may_be_longer_than_a_latent_frame(params, latents, whole):
@@ -76,17 +84,18 @@ def test_eight_devices_say_the_same(params, latents, whole, method):
 
 def test_a_decoder_over_devices_is_compiled_once(params, latents, whole):
     over = sharding.mesh(context=4)
-    decoder = Decoder(
+    decoder = Stream(
         CONFIG,
+        "decode",
         jax.device_put(params, sharding.replicated(over)),
         jax.device_put(latents[:, :1], sharding.spatial(over)),
     )
-    pieces = list(decoder(jax.device_put(latents, decoder.placement)))
+    pieces = list(decoder(latents))
     assert_near(np.concatenate(pieces, axis=1), whole)
 
 
 def test_one_tile_is_the_frame(params, latents, whole):
-    decoder = Decoder(CONFIG, params, latents[:, :1])
+    decoder = Stream(CONFIG, "decode", params, latents[:, :1])
     pieces = list(decode_tiled(decoder, np.asarray(latents), Tiles(1, 1), CONFIG))
     assert_near(np.concatenate(pieces, axis=1), whole)
 
@@ -101,7 +110,7 @@ def test_tiles_differ_from_the_frame_only_about_their_seam(params, latents):
     whole = jax.jit(lambda p, x: streaming.decode(CONFIG, p, x))(params, latents)
     tiles = Tiles(1, 1).finer(*latents.shape[2:4])
     assert tiles == (1, 2) and tiles.sides(4, 32) == (4, 20)
-    decoder = Decoder(CONFIG, params, latents[:, :1, :, :20])
+    decoder = Stream(CONFIG, "decode", params, latents[:, :1, :, :20])
     pieces = list(decode_tiled(decoder, np.asarray(latents), tiles, CONFIG))
     assert [piece.shape for piece in pieces] == [(1, n, 16, 128, 3) for n in (1, 2, 2)]
     difference = np.abs(np.concatenate(pieces, axis=1) - whole).mean((0, 1, 2, 4))

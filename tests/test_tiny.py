@@ -162,7 +162,7 @@ def test_the_program_makes_a_video_without_flags(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert video.probe(tmp_path / "a.mp4") == ("video", "mov", SIDE, SIDE, FRAMES)
+    assert video.probe(tmp_path / "a.mp4")[:5] == ("video", "mov", SIDE, SIDE, FRAMES)
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["prompt"] == SETTINGS["prompt"] and record["seconds"]["denoise"] > 0
 

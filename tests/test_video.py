@@ -166,7 +166,7 @@ def test_a_cut_photograph_is_refused(picture):
 def test_an_mp4_comes_back_frame_by_frame(tmp_path):
     path, clip = tmp_path / "a.mp4", ramp(21)
     video.write_mp4(path, clip, 16, "a comment")
-    assert video.probe(path) == ("video", "mov", 64, SIDE, 21)
+    assert video.probe(path)[:5] == ("video", "mov", 64, SIDE, 21)
     found = video.read(path, 17, (SIDE, 64), skip=3)
     # H.264 at crf 16 in 8-bit video range.
     assert np.abs(found[..., 0].mean((1, 2)) - clip[3:20, 0, 0, 0]).max() < 2

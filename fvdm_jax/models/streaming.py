@@ -1,8 +1,8 @@
 """Clips through the VAE piece by piece: memory does not grow with their length.
 
-A piece is a latent frame and the pictures that belong to it: one for the first, then as many as the VAE joins.
-What the convolutions remember from piece to piece is the carry of one scan. The results are those of the whole
-clip up to rounding. Frames split over devices, by their sharding, stay so.
+A piece is a latent frame and the pictures that belong to it: one for the first, then as many as the VAE
+joins. What the convolutions remember from piece to piece is the carry of one scan. The results are those of
+the whole clip up to rounding. Frames split over devices, by their sharding, stay so.
 """
 
 import itertools
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from fvdm_jax.models.vae import MEMORY, VAE, VAEConfig
+from fvdm_jax.models.causal import MEMORY
+from fvdm_jax.models.vae import VAE, VAEConfig
 from fvdm_jax.shapes import Latents, Video
 
 
@@ -32,7 +33,7 @@ def piece(config: VAEConfig, method: str, params: dict, x, memory: dict | None =
 
 
 def _scanned(config: VAEConfig, method: str, params: dict, first, rest):
-    """The results of the `first` piece and of those of `rest`, stacked on a first axis; None where it is empty."""
+    """The results of the first piece and of the rest, which are stacked on a first axis; None of none."""
     result, memory = piece(config, method, params, first)
     if not len(rest):
         # The loop would be compiled though it never turns.
@@ -45,52 +46,76 @@ def _scanned(config: VAEConfig, method: str, params: dict, first, rest):
     return result, jax.lax.scan(step, memory, rest)[1]
 
 
+def _joined(first, rest):
+    """One clip of a first piece [b t h w c] and, if there are any, others [n b t h w c]."""
+    if rest is None:
+        return first
+    return jnp.concatenate([first, rearrange(rest, "n b t h w c -> b (n t) h w c")], axis=1)
+
+
 def encode(config: VAEConfig, params: dict, video: Video) -> Latents:
     """Normalised latents [b f h w c] of pixels [b t H W 3], −1 … 1, as `VAE.encode`."""
     later = rearrange(video[:, 1:], "b (n t) h w c -> n b t h w c", t=config.stride)
-    first, rest = _scanned(config, "encode", params, video[:, :1], later)
-    return first if rest is None else jnp.concatenate([first, rearrange(rest, "n b 1 h w c -> b n h w c")], 1)
+    return _joined(*_scanned(config, "encode", params, video[:, :1], later))
 
 
 def decode(config: VAEConfig, params: dict, latents: Latents) -> Video:
     """Pixels [b t H W 3] of normalised latents [b f h w c], as `VAE.decode`."""
     later = rearrange(latents[:, 1:], "b n h w c -> n b 1 h w c")
-    first, rest = _scanned(config, "decode", params, latents[:, :1], later)
-    return first if rest is None else jnp.concatenate([first, rearrange(rest, "n b t h w c -> b (n t) h w c")], 1)
+    return _joined(*_scanned(config, "decode", params, latents[:, :1], later))
 
 
-class Decoder:
-    """Decodes clips of one size: compiled once for the first latent frame and once for all the others."""
+OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+"""Of the compiler, by platform. XLA's CPU backend by itself orders operations for concurrency, with which a
+piece at 480x832 has temporaries of 4.3 GiB, not 2.9."""
 
-    def __init__(self, config: VAEConfig, params: dict, first: Latents):
-        """`first`, a latent frame [b 1 h w c], tells sizes and sharding; nothing is computed."""
-        decode = partial(piece, config, "decode")
-        self._begin = jax.jit(decode).lower(params, first).compile()
+
+class Stream:
+    """Encodes or decodes clips of one size, compiled once for the first piece and once for all the others."""
+
+    def __init__(self, config: VAEConfig, method: str, params: dict, first):
+        """`first`, the first piece of a clip, tells sizes and sharding; nothing is computed.
+
+        It is a picture [b 1 H W 3] to "encode", a latent frame [b 1 h w c] to "decode".
+        """
+        self._length = config.stride if method == "encode" else 1
+        later = (first.shape[0], self._length, *first.shape[2:])
+        later = jax.ShapeDtypeStruct(later, first.dtype, sharding=first.sharding)
+        run = partial(piece, config, method)
+        options = OPTIONS.get(jax.default_backend())
+        self._begin = jax.jit(run).lower(params, first).compile(options)
         # Memory stays where the first piece left it, or the second of the others would be compiled anew.
         _, placed = self._begin.output_shardings
         memory = jax.tree.map(
             lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            jax.eval_shape(decode, params, first)[1],
+            jax.eval_shape(run, params, first)[1],
             placed,
         )
-        proceed = jax.jit(decode, out_shardings=(None, placed), donate_argnums=2)
-        self._proceed = proceed.lower(params, first, memory).compile()
+        proceed = jax.jit(run, out_shardings=(None, placed), donate_argnums=2)
+        self._proceed = proceed.lower(params, later, memory).compile(options)
         self._params, self.placement = params, first.sharding
 
     @property
     def bytes(self) -> int:
-        """What decoding takes of a device's memory, beside the parameters and the latents."""
+        """What a piece takes of a device's memory, beside the parameters and the clip."""
         sizes = self._proceed.memory_analysis()
         return sizes.temp_size_in_bytes + sizes.output_size_in_bytes
 
-    def __call__(self, latents: Latents) -> Iterator[Video]:
-        """The pictures [b t H W 3] of each latent frame in turn, computed while the last are being used."""
-        ready, memory = self._begin(self._params, latents[:, :1])
-        for i in range(1, latents.shape[1]):
-            coming, memory = self._proceed(self._params, latents[:, i : i + 1], memory)
+    def __call__(self, clip) -> Iterator:
+        """The result for each piece of a clip [b t …] in turn, computed while the one before is being used.
+
+        The clip may be on the host; then a piece at a time goes to the device.
+        """
+        ready, memory = self._begin(self._params, self._placed(clip[:, :1]))
+        for i in range(1, clip.shape[1], self._length):
+            later = self._placed(clip[:, i : i + self._length])
+            coming, memory = self._proceed(self._params, later, memory)
             yield ready
             ready = coming
         yield ready
+
+    def _placed(self, x):
+        return jax.device_put(x, self.placement)
 
 
 OVERLAP = 8
@@ -126,14 +151,14 @@ def _corners(length: int, count: int) -> list[int]:
 
 
 def _fade(begin: int, size: int, length: int, scale: int) -> np.ndarray:
-    """Weights of a tile's pixels along one axis: they rise and fall over the overlap, not at the frame's edge."""
+    """Weights of a tile's pixels along an axis: rising and falling over the overlap, not at the border."""
     at = (np.arange(size * scale) + 0.5) / (OVERLAP * scale)
     rising = np.minimum(1, at) if begin else np.ones_like(at)
     falling = np.minimum(1, at[::-1]) if begin + size < length else np.ones_like(at)
     return np.minimum(rising, falling).astype(np.float32)
 
 
-def decode_tiled(decoder: Decoder, latents: np.ndarray, tiles: Tiles, config: VAEConfig) -> Iterator[Video]:
+def decode_tiled(decoder: Stream, latents: np.ndarray, tiles: Tiles, config: VAEConfig) -> Iterator[Video]:
     """The pictures [b t H W 3], on the host, of each latent frame of [b f h w c], decoded tile by tile.
 
     The `decoder` is of the tiles' size. Near to `decode` and not equal: a tile knows nothing of the frame
@@ -145,7 +170,7 @@ def decode_tiled(decoder: Decoder, latents: np.ndarray, tiles: Tiles, config: VA
     total = np.zeros((latents.shape[0], frames, h * scale, w * scale, 3), np.float32)
     weight = np.zeros((h * scale, w * scale, 1), np.float32)
     for top, left in itertools.product(_corners(h, tiles.rows), _corners(w, tiles.columns)):
-        part = jnp.asarray(latents[:, :, top : top + tall, left : left + wide])
+        part = latents[:, :, top : top + tall, left : left + wide]
         pixels = np.concatenate([np.asarray(piece) for piece in decoder(part)], axis=1)
         fade = np.multiply.outer(_fade(top, tall, h, scale), _fade(left, wide, w, scale))[..., None]
         rows, columns = (slice(at * scale, (at + n) * scale) for at, n in ((top, tall), (left, wide)))

@@ -4,24 +4,21 @@ A clip of t = 4·f − 3 frames becomes f latent frames; no frame ever sees a la
 encoded alone, so an image is a clip of one frame. Source: Wan2.1 wan/modules/vae.py and Wan2.2
 wan/modules/vae2_2.py, whose chunk cache equals the whole-clip forms used here.
 
-Where the collection MEMORY is mutable, every convolution over time leaves there what it needs of a piece for
-the next one, which is given with `begun`: the frames of such a piece are not the first of the clip.
+A clip may come piece by piece (models/causal.py); `begun` says of a piece that it is not the clip's first.
 """
 
 import dataclasses
+from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce, repeat
-from jaxtyping import Array, Float
 
 from fvdm_jax.kernels.attention import attention
-from fvdm_jax.models.layers import named, precision
+from fvdm_jax.models.causal import Conv, Frames, framewise
+from fvdm_jax.models.layers import named
 from fvdm_jax.shapes import Latents, Video
-
-Frames = Float[Array, "b t h w c"]
-MEMORY = "memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,66 +80,6 @@ SIZES = {
     "wan_2_2": VAEConfig(160, 256, 48, _MEAN_2_2, _STD_2_2, patch=2, shortcuts=True),
 }
 """The published sizes; Wan2.2's A14B models use `wan_2_1`, only its TI2V-5B uses `wan_2_2`."""
-
-
-def causal_conv(x: Frames, kernel: Float[Array, "t h w i o"], past: Frames | None = None) -> Frames:
-    """Convolution that sees only this frame and earlier ones: `past`, the kernel's length less 1, or zeros.
-
-    Runs as one 2-D convolution over the taps' channels side by side, 1.3 to 1.9 times as fast as a 3-D one
-    on CPU. Taps that could only ever see zeros, because the clip is shorter than the kernel, are left out.
-    """
-    b, t = x.shape[:2]
-    if past is None:
-        kernel = kernel[-min(t, kernel.shape[0]) :]
-        past = jnp.zeros((b, kernel.shape[0] - 1, *x.shape[2:]), x.dtype)
-    taps = kernel.shape[0]
-    padded = jnp.concatenate([past, x], axis=1)
-    seen = jnp.concatenate([padded[:, i : i + t] for i in range(taps)], axis=-1)
-    y = _conv2d(rearrange(seen, "b t h w c -> (b t) h w c"), rearrange(kernel, "t h w i o -> h w (t i) o"))
-    return rearrange(y, "(b t) h w c -> b t h w c", b=b)
-
-
-def _conv2d(x, kernel, stride: int = 1, padding="SAME"):
-    strides, layout = (stride, stride), ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=layout, precision=precision(x.dtype)
-    )
-
-
-class Conv(nn.Module):
-    """Kernel [t h w i o] and bias; `stride` 2 halves the frame as Wan does, padded below and to the right."""
-
-    features: int
-    size: tuple[int, int, int] = (3, 3, 3)
-    stride: int = 1
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: Frames) -> Frames:
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=(0, 1, 2, 3))
-        shape = (*self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", named(init, None, None, None, "conv_in", "conv_out"), shape)
-        bias = self.param("bias", named(nn.initializers.zeros, "conv_out"), (self.features,))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.stride == 1:
-            y = causal_conv(x, kernel, self._past(x))
-        else:
-            frames = rearrange(x, "b t h w c -> (b t) h w c")
-            y = _conv2d(frames, kernel[0], self.stride, ((0, 1), (0, 1)))
-            y = rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
-        return y + bias.astype(self.dtype)
-
-    def _past(self, x: Frames) -> Frames | None:
-        """The frames before x, if there were any; those before the next piece are remembered in their stead."""
-        length = self.size[0] - 1
-        if not length or self.is_initializing() or not self.is_mutable_collection(MEMORY):
-            return None
-        begun = self.has_variable(MEMORY, "past")
-        shape = (x.shape[0], length, *x.shape[2:])
-        memory = self.variable(MEMORY, "past", jnp.zeros, shape, x.dtype)
-        past = memory.value
-        memory.value = jnp.concatenate([past, x], axis=1)[:, -length:]
-        return past if begun else None
 
 
 class Norm(nn.Module):
@@ -215,7 +152,7 @@ class Up(nn.Module):
         if self.temporal:
             time = Conv(2 * x.shape[-1], (3, 1, 1), dtype=self.dtype, name="time_conv")
             first, later = (x[:, :0], x) if begun else (x[:, :1], x[:, 1:])
-            # After an image there is nothing to double, but zeros to remember: no frame sees the clip's first.
+            # After an image nothing is doubled, but zeros are remembered: no frame sees the clip's first.
             doubled = time(later if later.shape[1] else 0 * first)
             doubled = rearrange(doubled, "b t h w (two c) -> b (t two) h w c", two=2)
             x = jnp.concatenate([first, doubled[:, : 2 * later.shape[1]]], axis=1)
@@ -257,21 +194,33 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Video, begun: bool = False) -> Frames:
         c, dtype = self.config, self.config.dtype
-        x = rearrange(x, "b t (h q) (w p) c -> b t h w (c p q)", p=c.patch, q=c.patch)
-        x = Conv(c.width, dtype=dtype, name="conv_in")(x)
-        for i, m in enumerate(c.multipliers):
-            y, down = x, i < len(c.temporal)
-            for j in range(c.blocks):
-                y = Residual(m * c.width, dtype, name=f"level_{i}_block_{j}")(y)
-            if down:
-                y = Down(c.temporal[i], dtype, name=f"level_{i}_down")(y, begun)
-            if c.shortcuts:
-                time, space = 2 if down and c.temporal[i] else 1, 2 if down else 1
-                y = y + average_down(x, m * c.width, time, space)
-            x = y
+        apart = c.temporal.index(True)
+        x = framewise(self, partial(Encoder._first, levels=apart), x, begun)
+        for i in range(apart, len(c.multipliers)):
+            x = self._level(i, x, begun)
         x = nn.silu(Norm(name="norm_out")(Middle(dtype, name="middle")(x)))
         x = Conv(2 * c.latent, dtype=dtype, name="conv_out")(x)
         return Conv(2 * c.latent, (1, 1, 1), dtype=dtype, name="quant")(x)
+
+    def _first(self, x: Video, begun: bool, levels: int) -> Frames:
+        """The first convolution and so many levels, which do not halve time."""
+        p = self.config.patch
+        x = rearrange(x, "b t (h q) (w p) c -> b t h w (c p q)", p=p, q=p)
+        x = Conv(self.config.width, dtype=self.config.dtype, name="conv_in")(x)
+        for i in range(levels):
+            x = self._level(i, x, begun)
+        return x
+
+    def _level(self, i: int, x: Frames, begun: bool) -> Frames:
+        c, features = self.config, self.config.multipliers[i] * self.config.width
+        y, down = x, i < len(c.temporal)
+        for j in range(c.blocks):
+            y = Residual(features, c.dtype, name=f"level_{i}_block_{j}")(y)
+        if down:
+            y = Down(c.temporal[i], c.dtype, name=f"level_{i}_down")(y, begun)
+        if c.shortcuts:
+            y = y + average_down(x, features, 2 if down and c.temporal[i] else 1, 2 if down else 1)
+        return y
 
 
 class Decoder(nn.Module):
@@ -285,18 +234,28 @@ class Decoder(nn.Module):
         x = Conv(c.latent, (1, 1, 1), dtype=dtype, name="post_quant")(x)
         x = Conv(c.multipliers[-1] * c.decoder_width, dtype=dtype, name="conv_in")(x)
         x = Middle(dtype, name="middle")(x)
-        temporal = c.temporal[::-1]
-        for i, m in enumerate(c.multipliers[::-1]):
-            y, features = x, m * c.decoder_width
-            for j in range(c.blocks + 1):
-                y = Residual(features, dtype, name=f"level_{i}_block_{j}")(y)
-            if i < len(temporal):
-                narrow = features if c.shortcuts else features // 2
-                y = Up(temporal[i], narrow, dtype, name=f"level_{i}_up")(y, begun)
-                if c.shortcuts:
-                    y = y + copy_up(x, features, 2 if temporal[i] else 1, 2, begun)
-            x = y
-        x = Conv(3 * c.patch**2, dtype=dtype, name="conv_out")(nn.silu(Norm(name="norm_out")(x)))
+        apart = len(c.temporal) - c.temporal.index(True)
+        for i in range(apart):
+            x = self._level(i, x, begun)
+        return framewise(self, partial(Decoder._last, levels=apart), x, begun)
+
+    def _level(self, i: int, x: Frames, begun: bool) -> Frames:
+        c, features = self.config, self.config.multipliers[::-1][i] * self.config.decoder_width
+        y = x
+        for j in range(c.blocks + 1):
+            y = Residual(features, c.dtype, name=f"level_{i}_block_{j}")(y)
+        if i == len(c.temporal):
+            return y
+        narrow, temporal = features if c.shortcuts else features // 2, c.temporal[::-1][i]
+        y = Up(temporal, narrow, c.dtype, name=f"level_{i}_up")(y, begun)
+        return y + copy_up(x, features, 2 if temporal else 1, 2, begun) if c.shortcuts else y
+
+    def _last(self, x: Frames, begun: bool, levels: int) -> Video:
+        """The levels from `levels` on, which do not double time, and the last convolution."""
+        c = self.config
+        for i in range(levels, len(c.multipliers)):
+            x = self._level(i, x, begun)
+        x = Conv(3 * c.patch**2, dtype=c.dtype, name="conv_out")(nn.silu(Norm(name="norm_out")(x)))
         return rearrange(x, "b t h w (c p q) -> b t (h q) (w p) c", p=c.patch, q=c.patch)
 
 
