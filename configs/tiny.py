@@ -75,14 +75,10 @@ SAMPLING = {
 }
 
 
-def optimiser(rate: float, steps: int, first: int = 0):
-    """AdamW, warmed up and let down along a cosine, gradients clipped; going on, it is warmed up again."""
+def optimiser(rate: float, steps: int):
+    """AdamW, warmed up and let down along a cosine, gradients clipped."""
     plan = optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps, rate / 50)
-
-    def learning_rate(step):
-        return plan(step + first) * jnp.minimum(1.0, (step + 1) / (steps // 20))
-
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, b2=0.99, weight_decay=1e-3))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(plan, b2=0.99, weight_decay=1e-3))
 
 
 def muon(rate: float, steps: int):

@@ -66,8 +66,8 @@ def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
         save_file(flat, draft)
 
 
-def load_tree(path: Path) -> dict:
-    """The nested tree of `save_tree`, as float32 where it was stored narrower.
+def load_tree(path: Path, widen: bool = True) -> dict:
+    """The nested tree of `save_tree`, with `widen` as float32 where it was stored narrower.
 
     Raises Refusal, named `path`, where the file is not whole.
     """
@@ -84,7 +84,7 @@ def load_tree(path: Path) -> dict:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = array.astype(np.float32) if _is_float(array) else array
+        node[leaf] = array.astype(np.float32) if widen and _is_float(array) else array
     return tree
 
 
@@ -111,8 +111,10 @@ def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     networks = describe(folder)
     params = {}
     for name in parts:
-        params[name] = load_tree(folder / f"{name}.safetensors")
-        _check(folder / f"{name}.safetensors", params[name], KINDS[name][1](getattr(networks, name)))
+        config = getattr(networks, name)
+        # Networks that compute in float32 get what they compute with; others what is stored, half as large.
+        params[name] = load_tree(folder / f"{name}.safetensors", config.dtype == "float32")
+        _check(folder / f"{name}.safetensors", params[name], KINDS[name][1](config))
     return networks, params
 
 

@@ -16,14 +16,13 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
+from fvdm_jax.clips import clip_frames, probe_clip
+from fvdm_jax.media import Media, at_rate, check_size
 from fvdm_jax.program import Refusal
 
-MOST_PIXELS = 50_000_000
-LEAST_SIDE = 16
 BACKGROUND = (255, 255, 255)
 """What shows through a transparent image."""
 
@@ -53,30 +52,12 @@ STRANGERS = (
 READABLE = "give a PNG, JPEG, WebP, BMP, TIFF, GIF, MP4, MOV, WebM, MKV or AVI file"
 
 
-INSTANT = 1e-3
-"""Seconds by which clocks of files round."""
-
-
-class Media(NamedTuple):
-    """What a file holds: `kind` is "image", "gif" (animated) or "video"; sides in pixels as shown.
-
-    `span` is the time from the first frame to the last, in seconds.
-    """
-
-    kind: str
-    format: str
-    width: int
-    height: int
-    frames: int
-    span: float = 0.0
-
-    def at(self, fps: float) -> int:
-        """How many frames `pictures` gives at this rate."""
-        return 1 + int((self.span + INSTANT) * fps)
+MOST_ANIMATED = 10**9
+"""Pixels of all frames of an animated GIF together, which have to be decoded to know when each is shown."""
 
 
 def probe(path: str | os.PathLike) -> Media:
-    """What the file at `path` holds; an image is decoded, of a clip only the header and the index are read.
+    """What the file at `path` holds; an image is decoded, of a clip only read when frames are shown.
 
     Raises Refusal, named `path`, for anything that `read` could not use.
     """
@@ -84,7 +65,7 @@ def probe(path: str | os.PathLike) -> Media:
     with _refusing(path):
         if kind == "image":
             return _probe_image(path, form)
-        return _probe_clip(path, form)
+        return probe_clip(path, form)
 
 
 @contextlib.contextmanager
@@ -94,22 +75,9 @@ def pictures(path: str | os.PathLike, fps: float | None = None) -> Iterator[Iter
     With `fps` those that a player shows at 0, 1/fps, 2/fps … seconds, up to the last one's beginning.
     """
     kind, form = _sniff(path)
-    decode = _gif_frames if form == "GIF" else _still if kind == "image" else _clip_frames
+    decode = _gif_frames if form == "GIF" else _still if kind == "image" else clip_frames
     with _refusing(path), contextlib.closing(decode(path, form)) as timed:
-        yield (picture for _, picture in timed) if fps is None else _at_rate(timed, fps)
-
-
-def _at_rate(timed: Iterator, fps: float) -> Iterator:
-    """Of (seconds, picture) the picture shown at each tick."""
-    tick, held, start = 0, None, None
-    for time, picture in timed:
-        start = time if start is None else start
-        while held is not None and tick / fps < time - start - INSTANT:
-            yield held
-            tick += 1
-        held = picture
-    if held is not None and tick / fps <= time - start + INSTANT:
-        yield held
+        yield (picture for _, picture in timed) if fps is None else at_rate(timed, fps)
 
 
 def _sniff(path) -> tuple[str, str]:
@@ -171,19 +139,12 @@ def _refusing(path) -> Iterator[None]:
         raise Refusal(path, f"is damaged or cut short ({reason})", "give a whole file") from broken
 
 
-def _check_size(path, width: int, height: int) -> None:
-    if min(width, height) < LEAST_SIDE:
-        raise Refusal(path, f"is {width}x{height} pixels", f"{LEAST_SIDE} pixels a side is the least")
-    if width * height > MOST_PIXELS:
-        raise Refusal(
-            path, f"is {width}x{height} pixels", "50 million pixels is the most; scale it down first"
-        )
-
-
 def _probe_image(path, form: str) -> Media:
     with _opened(path, form) as image:
         frames = getattr(image, "n_frames", 1) if form == "GIF" else 1
-        span = sum(_seconds(image, i) for i in range(frames - 1))
+        if frames * image.width * image.height > MOST_ANIMATED:
+            raise Refusal(path, f"has {frames} frames of {image.width}x{image.height}", "give it as an MP4")
+        span = round(sum(_seconds(image, i) for i in range(frames - 1)), 6)
         # Asked for before decoding, which a JPEG then does at an eighth of the size in an eighth of the time.
         width, height = image.size
         if image.getexif().get(0x0112, 1) >= 5:
@@ -206,7 +167,7 @@ def _opened(path, form: str):
     from PIL import Image
 
     with open(path, "rb") as file, Image.open(file, formats=[form]) as image:
-        _check_size(path, *image.size)
+        check_size(path, *image.size)
         yield image
 
 
@@ -252,92 +213,3 @@ def _profiled(image, profile: bytes | None):
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-
-
-@contextlib.contextmanager
-def _demuxed(path, form: str):
-    """The container and its stream of pictures; protocol and format are fixed, so no file names another."""
-    import av
-
-    name = "file:" + os.path.abspath(path)
-    options = (
-        {"protocol_whitelist": "file", "enable_drefs": "0"}
-        if form == "mov"
-        else {"protocol_whitelist": "file"}
-    )
-    try:
-        with av.open(name, format=form, options=options) as container:
-            if not container.streams.video:
-                raise Refusal(path, "has no pictures, only sound or text", "give a clip")
-            stream = container.streams.video[0]
-            _check_size(path, stream.codec_context.width, stream.codec_context.height)
-            yield container, stream
-    except av.FFmpegError as broken:
-        raise Refusal(path, f"is damaged or cut short ({broken.strerror})", "give a whole file") from broken
-
-
-def _probe_clip(path, form: str) -> Media:
-    with _demuxed(path, form) as (container, stream):
-        ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-        if form == "mov" and ends > os.path.getsize(path):
-            raise Refusal(path, "is cut short: its index names frames beyond its end", "give a whole file")
-        # Trimmed clips hold frames that are not to be shown; containers other than mov have no whole index.
-        shown = sum(not entry.is_discard for entry in stream.index_entries) if form == "mov" else 0
-        times = [p.pts for p in container.demux(stream) if p.size > 0 and not p.is_discard]
-        frames = shown or len(times)
-        if not frames:
-            raise Refusal(path, "has no frames", "give a clip")
-        known = [time for time in times if time is not None]
-        span = (max(known) - min(known)) * stream.time_base if len(known) == len(times) else None
-        return Media("video", form, *_shown(stream), frames, float(span or (frames - 1) / _rate(stream)))
-
-
-def _rate(stream) -> float:
-    """Frames a second, for clips that do not say when each is shown."""
-    return float(stream.average_rate or 25)
-
-
-def _shown(stream) -> tuple[int, int]:
-    """Width and height with square pixels, before any rotation."""
-    width, height = stream.codec_context.width, stream.codec_context.height
-    return max(1, round(width * (stream.sample_aspect_ratio or 1))), height
-
-
-def _clip_frames(path, form: str) -> Iterator:
-    from PIL import Image
-
-    with _demuxed(path, form) as (container, stream):
-        stream.thread_type = "AUTO"
-        stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
-        for index, frame in enumerate(_decoded(path, container, stream)):
-            if frame.is_corrupt:
-                raise Refusal(path, f"frame {index} is damaged", "give a whole file, or keep fewer frames")
-            picture = Image.fromarray(_rgb(frame, *_shown(stream)))
-            time = index / _rate(stream) if frame.time is None else frame.time
-            yield time, picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-
-
-def _decoded(path, container, stream) -> Iterator:
-    import av
-
-    index, frames = 0, container.decode(stream)
-    while True:
-        try:
-            frame = next(frames, None)
-        except av.FFmpegError as broken:
-            reason = f"cannot be decoded after frame {index} ({broken.strerror})"
-            raise Refusal(path, reason, "give a whole file, or keep fewer frames") from broken
-        if frame is None:
-            return
-        yield frame
-        index += 1
-
-
-def _rgb(frame, width: int, height: int) -> np.ndarray:
-    from av.video.reformatter import Colorspace, Interpolation
-
-    unstated = frame.colorspace not in (1, 4, 5, 6, 7, 9)
-    # Players take an unstated matrix for BT.709 in high definition and for BT.601 below, and so do we.
-    matrix = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unstated else None
-    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    return frame.reformat(width, height, "rgb24", src_colorspace=matrix, interpolation=exact).to_ndarray()

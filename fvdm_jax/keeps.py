@@ -153,5 +153,5 @@ def _count(one: _Asked, held: video.Media, room: int) -> int:
     needed = STRIDE * count - STRIDE + 1
     if held.frames < needed:
         right = f"{one.first}-{one.first + latent(held.frames) - 1} is the most it fills"
-        raise Refusal(one.flag, f"{needed} frames needed, {held.frames} found", right)
+        raise Refusal(one.flag, f"{needed} frames needed at the video's rate, {held.frames} found", right)
     return count

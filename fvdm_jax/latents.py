@@ -4,6 +4,9 @@ Nothing here imports jax, so that a bad file is refused at once.
 """
 
 import json
+import math
+import os
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +34,14 @@ def save(path: Path, latents: np.ndarray, settings: dict) -> None:
 
     with outputs(path) as (draft,):
         array = np.ascontiguousarray(latents, np.float32)
-        save_file({NAME: array}, draft, {"settings": json.dumps(settings, ensure_ascii=False)})
+        save_file({NAME: array}, draft, {"settings": json.dumps(settings)})
 
 
 def probe(path: Path) -> Saved:
     """What the file holds, from its header alone. Raises Refusal, named `path`, where it is no such file."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise Refusal(path, "is no ordinary file", f"give one that ends in {SUFFIX}")
         with open(path, "rb") as file:
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -45,9 +50,15 @@ def probe(path: Path) -> Saved:
             header = json.loads(file.read(length).decode("utf-8"))
             size = path.stat().st_size - 8 - length
         entry, settings = header[NAME], json.loads(header["__metadata__"]["settings"])
-        shape = tuple(map(int, entry["shape"]))
-        whole = entry["dtype"] == "F32" and len(shape) == 5 and min(shape) > 0 and isinstance(settings, dict)
-        if not whole or size != 4 * int(np.prod(shape, dtype=object)):
+        shape = tuple(entry["shape"])
+        sound = len(shape) == 5 and all(type(n) is int and n > 0 for n in shape)
+        whole = (
+            sound
+            and isinstance(settings, dict)
+            and size == 4 * math.prod(shape)
+            and entry["data_offsets"] == [0, size]
+        )
+        if not whole or entry["dtype"] != "F32":
             raise Refusal(path, "is not a whole file of latents", "sample again, or copy it again")
         return Saved(shape, settings)
     except OSError as failure:
@@ -58,10 +69,14 @@ def probe(path: Path) -> Saved:
 
 def load(path: Path) -> np.ndarray:
     """The latents [b f h w c], float32. Raises Refusal as `probe` does, and where they are not finite."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     probe(path)
-    latents = load_file(path)[NAME]
+    try:
+        latents = load_file(path)[NAME]
+    except (SafetensorError, OSError, KeyError) as broken:
+        raise Refusal(path, f"cannot be read ({broken})", "sample again, or copy it again") from broken
     if not np.isfinite(latents).all():
         raise Refusal(path, "holds values that are not finite", "sample again")
     return latents

@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import errno
 import io
+import json
 import math
 import os
 import re
@@ -36,6 +37,11 @@ def plain(text: object, most: int = 120) -> str:
     head = str(text)[: most + 1]
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in head)
     return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def legible(value: object) -> str:
+    """The value as JSON that UTF-8 can hold: of file names, bytes that are no text become question marks."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str).encode("utf-8", "replace").decode()
 
 
 class Refusal(Exception):

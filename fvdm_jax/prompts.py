@@ -15,19 +15,22 @@ SAMPLES, BLOCK = 256, 4096
 
 
 def fingerprint(*paths: Path) -> str:
-    """A hash of each file's size, its first 64 KiB, where the tensors are named, and of blocks all over it.
+    """A hash of each file's size, time, first 64 KiB, where its tensors are named, and blocks all over it.
 
-    Reading 11 GB of weights to find that a prompt is known would take longer than to encode it. Two files
-    that differ nowhere but between the blocks are taken for one.
+    Reading 11 GB of weights to find that a prompt is known would take longer than to encode it. Raises
+    Refusal, named for the file, where one cannot be read.
     """
     found = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            found.update(size.to_bytes(8, "little") + file.read(65536))
-            for place in np.linspace(0, max(0, size - BLOCK), SAMPLES).astype(int).tolist():
-                file.seek(place)
-                found.update(file.read(BLOCK))
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                found.update(f"{status.st_size} {status.st_mtime_ns}".encode() + file.read(65536))
+                for place in np.linspace(0, max(0, status.st_size - BLOCK), SAMPLES).astype(int).tolist():
+                    file.seek(place)
+                    found.update(file.read(BLOCK))
+        except OSError as failure:
+            raise Refusal(path, f"cannot be read: {failure.strerror}", "make it readable") from failure
     return found.hexdigest()
 
 
@@ -43,7 +46,7 @@ class TextCache:
 
         Their rows are 0 after the prompt's true length; only those before are stored.
         """
-        found = self._load(prompt)
+        found = self._load(prompt, length)
         if found is None:
             found = np.asarray(read(prompt), np.float32)
             found = found[: 1 + int(np.flatnonzero(found.any(-1))[-1])] if found.any() else found[:0]
@@ -52,25 +55,31 @@ class TextCache:
 
     def _path(self, prompt: str) -> Path:
         key = hashlib.sha256(json.dumps([prompt, self._depends]).encode()).hexdigest()
-        return self._folder / f"{key}.npy"
+        return self._folder / f"{key}.safetensors"
 
-    def _load(self, prompt: str) -> np.ndarray | None:
+    def _load(self, prompt: str, length: int) -> np.ndarray | None:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
         if not self._folder:
             return None
         try:
-            with open(self._path(prompt), "rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        except (OSError, ValueError):
+            found = load_file(self._path(prompt))["states"]
+        except (OSError, SafetensorError, KeyError):
             # Not there, or not whole: encoded again and replaced.
             return None
+        fits = found.dtype == np.float32 and found.ndim == 2 and len(found) <= length
+        return found if fits else None
 
     def _save(self, prompt: str, states: np.ndarray) -> None:
+        from safetensors.numpy import save_file
+
         if not self._folder:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with outputs(self._path(prompt)) as (draft,):
-                np.save(draft, states)
+                save_file({"states": np.ascontiguousarray(states)}, draft)
         except (OSError, Refusal):
             # A cache that cannot be written costs time, and nothing else.
             return

@@ -5,21 +5,18 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fvdm_jax import latents
 from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.program import Parser, Refusal, check_output, number, plain, whole
-from fvdm_jax.video import STRIDE
+from fvdm_jax.rules import RULES, SOLVERS, sides, strengths, texts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
-SOLVERS = ("unipc", "dpm++", "euler")
-SPACINGS = ("wan", "pusa", "ddpm")
 WEIGHTS = ("dit.safetensors", "vae.safetensors", "text.safetensors")
-PROCESSES = ("flow", "ddpm", "ddpm_v")
 SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
 """The settings that a model has of its own."""
 
@@ -104,9 +101,9 @@ class Request:
     def settings(self) -> dict:
         """Every setting as plain JSON values; what the video's comment and the settings file hold."""
         settings = dataclasses.asdict(self) | {"strength": self.strength}
-        for flag in ("debug", "explain", "overwrite", "decode"):
-            del settings[flag]
-        return json.loads(json.dumps(settings, default=str))
+        for name in ("debug", "explain", "overwrite", "decode", "keeps"):
+            del settings[name]
+        return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -127,23 +124,25 @@ def _stored(given: dict) -> Request:
     if late := [name for name in given if given[name] != unset[name] and name not in FOR_DECODE]:
         right = f"with it go {', '.join(f'--{name}' for name in FOR_DECODE[1:])}"
         raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
-    shape, settings = latents.probe(given["decode"])
-    names = {field.name for field in dataclasses.fields(Request)} - {"decode", "tiles"}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in names}
+    saved = latents.probe(given["decode"])
+    told = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
     chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
-    try:
-        keeps = tuple(Keep(**keep | {"path": Path(keep["path"])}) for keep in values["keeps"])
-        places = {"keeps": keeps, "model": Path(values["model"]), "out": OUT}
-        request = Request(**values | places | chosen)
-        wrong = request.latent_frames != shape[1] or len(request.strength) != shape[1]
-    except (KeyError, TypeError, ValueError) as broken:
-        raise Refusal(given["decode"], "does not say how it was made", "sample again") from broken
-    model = defaults(request.model)
-    if wrong or shape[-1] != model.channels:
-        what = f"holds latents {list(shape)}, not of {request.model}, whose have {model.channels} channels"
+    model = defaults(chosen.get("model") or Path(str(told.get("model"))))
+    rules = RULES | {"size": sides(model.multiple), "keep": texts, "strength": strengths}
+    for name, rule in rules.items():
+        if rule(told.get(name)):
+            raise Refusal(given["decode"], f"does not say with what {name} it was made", "sample again")
+    if wrong := RULES["fps"](chosen.get("fps", 1)):
+        raise Refusal("--fps", f"{chosen['fps']} {wrong[0]}", wrong[1])
+    spatial = model.multiple // PATCH
+    height, width = (side // spatial for side in told["size"])
+    shape = (1, latent(told["frames"]), height, width, model.channels)
+    if saved.shape != shape or len(told["strength"]) != shape[1]:
+        what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
         raise Refusal(given["decode"], what, "give the model that made them with --model")
-    if wrong := RULES["fps"](request.fps):
-        raise Refusal("--fps", f"{plain(request.fps)} {wrong[0]}", wrong[1])
+    keeps = (Keep(i, 1, Path(), "image", s) for i, s in enumerate(told["strength"]) if s < 1)
+    values = {name: told[name] for name in (*RULES, "size", "keep")}
+    request = Request(**values | {"model": model.config.parent, "keeps": tuple(keeps)} | chosen)
     _check_outputs(request)
     return request
 
@@ -240,7 +239,7 @@ def validate(request: Request, model: Defaults) -> Request:
     In this order: values, files (images whole, clips by their header), and that the outputs can be written.
     """
     filled, where = _filled(request, model)
-    for name, rule in (RULES | {"size": _sides(model.multiple)}).items():
+    for name, rule in (RULES | {"size": sides(model.multiple)}).items():
         if wrong := rule(getattr(filled, name)):
             value = getattr(filled, name)
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
@@ -271,78 +270,12 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     return dataclasses.replace(request, **values), where
 
 
-Rule = Callable[[object], tuple[str, str] | None]
-
-
-def _whole_from(least: int, most: int) -> Rule:
-    def rule(value):
-        if type(value) is not int or not least <= value <= most:
-            return "is not a possible number", f"give a whole number from {least} to {most}"
-
-    return rule
-
-
-def _between(least: float, most: float, note: str = "") -> Rule:
-    def rule(value):
-        if type(value) not in (int, float) or not least <= value <= most:
-            return "is out of range", f"give a number from {least} to {most}{note}"
-
-    return rule
-
-
-def _one_of(names: Sequence[str]) -> Rule:
-    return lambda value: None if value in names else ("is unknown", f"give one of {', '.join(names)}")
-
-
-def _frames(value):
-    if wrong := _whole_from(1, 10_001)(value):
-        return wrong[0], wrong[1] + " of the form 1 + 4n"
-    if value % STRIDE != 1:
-        below = value - (value - 1) % STRIDE
-        return "is not of the form 1 + 4n", f"give {below} or {below + STRIDE}"
-
-
-def _sides(multiple: int) -> Rule:
-    def rule(value):
-        if not isinstance(value, tuple) or len(value) != 2:
-            return "is not a height and a width", "give HxW, such as 480x832"
-        if any(type(side) is not int or not multiple <= side <= 8192 for side in value):
-            return "is out of range", f"give sides from {multiple} to 8192 pixels, multiples of {multiple}"
-        if any(side % multiple for side in value):
-            height, width = (max(multiple, round(side / multiple) * multiple) for side in value)
-            return f"has a side that is not a multiple of {multiple}", f"the nearest is {height}x{width}"
-
-    return rule
-
-
-def _text(value):
-    if not isinstance(value, str):
-        return "is not text", "give a string"
-    if "\0" in value or not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        return "is not valid text", "give it in UTF-8, without NUL"
-
-
-RULES: dict[str, Rule] = {
-    "prompt": _text,
-    "negative": _text,
-    "frames": _frames,
-    "steps": _whole_from(1, 1000),
-    "solver": _one_of(SOLVERS),
-    "process": _one_of(PROCESSES),
-    "spacing": _one_of(SPACINGS),
-    "shift": _between(0.01, 1000, "; 1 spaces the steps evenly"),
-    "guidance": _between(0, 100, "; 1 turns guidance off"),
-    "fps": _between(0.1, 240),
-    "seed": _whole_from(0, 2**64 - 1),
-}
-
-
 def _check_outputs(request: Request) -> None:
     if request.out.suffix.lower() not in (".mp4", ".gif"):
         raise Refusal("--out", f"{request.out} ends in neither .mp4 nor .gif", "give such a name")
     if request.out.suffix.lower() == ".gif" and request.fps > 50:
         raise Refusal("--out", f"a GIF has at most 50 frames a second, not {request.fps:g}", "give an .mp4")
-    inputs = {os.path.realpath(keep.path) for keep in request.keeps}
+    inputs = set() if request.decode else {os.path.realpath(keep.path) for keep in request.keeps}
     made = () if request.decode else (request.latents,)
     for path in (*request.outputs, *made):
         if os.path.realpath(path) in inputs:

@@ -1,9 +1,9 @@
 """Samples a video: from a prompt, from pictures and clips that are kept, or from both."""
 
 import contextlib
-import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,7 +12,7 @@ from pathlib import Path
 import fvdm_jax
 from fvdm_jax import latents
 from fvdm_jax.explain import explain, picture
-from fvdm_jax.program import leave, outputs, run
+from fvdm_jax.program import Refusal, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, parse
 
@@ -44,8 +44,10 @@ def main(argv: list[str]) -> None:
         try:
             show(request, made, stages)
         except BaseException:
-            again = f"python -m fvdm_jax.sample --decode {request.latents}"
-            print(f"note: what was denoised is safe; to decode it again: {again}", file=sys.stderr)
+            if not request.decode:
+                again = ["python", "-m", "fvdm_jax.sample", "--decode", str(request.latents)]
+                again = shlex.join([*again, "--out", str(request.out)])
+                print(f"note: what was denoised is safe; to decode it again: {again}", file=sys.stderr)
             raise
     print("wrote", *request.outputs, *(() if request.decode else (request.latents,)))
 
@@ -56,26 +58,19 @@ def generate(request: Request, stages: Stages):
         import jax
         import numpy as np
 
-        from fvdm_jax import checkpoint, tasks, video
+        from fvdm_jax import checkpoint, tasks
 
         _keep_compiled_programs()
         networks = checkpoint.describe(request.model)
     prompts = _read(request, networks, stages)
-    with stages("load"):
-        params = jax.device_put(checkpoint.load(request.model, ("dit", "vae"))[1])
     height, width = (side // networks.vae.spatial for side in request.size)
     shape = (1, request.latent_frames, height, width, networks.vae.latent)
 
-    task, encoders = tasks.text_to_video(shape), {}
-    for keep in request.keeps:
-        with stages("read"):
-            clip = video.to_unit(video.read(keep.path, keep.frames, request.size, keep.skip, request.fps))[
-                None
-            ]
-        if keep.frames not in encoders:
-            encoders[keep.frames] = _compiled(stages, networks.encode, params, clip)
-        kept = _run(stages, "encode", encoders[keep.frames], params, clip)
+    task = tasks.text_to_video(shape)
+    for keep, kept in _kept(request, networks, stages):
         task = task.keep(kept, keep.first, keep.strength)
+    with stages("load"):
+        params = jax.device_put(checkpoint.load(request.model, ("dit",))[1])
 
     noise = jax.random.normal(_key(request.seed), shape)
     inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
@@ -83,6 +78,29 @@ def generate(request: Request, stages: Stages):
     if steps:
         stages.expect("denoise", steps)
     return np.asarray(_call(stages, "denoise", program, params, *inputs))
+
+
+def _kept(request: Request, networks, stages: Stages) -> Iterator:
+    """Each keep of the request with its latents [1 f h w c]."""
+    if not request.keeps:
+        return
+    with stages("load"):
+        import jax
+        import jax.numpy as jnp
+
+        from fvdm_jax import checkpoint, video
+        from fvdm_jax.models.streaming import Stream
+
+        params = jax.device_put(checkpoint.load(request.model, ("vae",))[1]["vae"])
+    with stages("compile"):
+        encode = Stream(networks.vae, "encode", params, jnp.zeros((1, 1, *request.size, 3)))
+    for keep in request.keeps:
+        with stages("read"):
+            pixels = video.read(keep.path, keep.frames, request.size, keep.skip, request.fps)
+            clip = video.to_unit(pixels)[None]
+        with stages("encode"):
+            latents = jax.block_until_ready(jnp.concatenate(list(encode(clip)), axis=1))
+        yield keep, latents
 
 
 def show(request: Request, made, stages: Stages) -> None:
@@ -105,7 +123,7 @@ def show(request: Request, made, stages: Stages) -> None:
                 chosen.append(one)
             yield one
 
-    comment = json.dumps(request.settings, ensure_ascii=False)
+    comment = legible(request.settings)
     with outputs(*request.outputs) as drafts:
         with stages("write"):
             if request.out.suffix.lower() == ".gif":
@@ -117,7 +135,7 @@ def show(request: Request, made, stages: Stages) -> None:
         device = jax.devices()[0].device_kind
         record = {"latents": str(request.latents), "seconds": stages.seconds, "device": device}
         record = request.settings | record | {"versions": _versions()}
-        drafts[2].write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        drafts[2].write_text(legible(record) + "\n", "utf-8")
 
 
 def pictures(request: Request, networks, params: dict, made, stages: Stages) -> Iterator:
@@ -149,8 +167,11 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
     from fvdm_jax.models.streaming import Stream, Tiles
 
     height, width, channels = made.shape[2:]
-    asked, free = any(request.tiles), _free(jax.devices()[0])
+    asked, free = any(request.tiles), 0.9 * _free(jax.devices()[0])
     grid = Tiles(*request.tiles) if asked else Tiles(1, 1)
+    if not grid.useful(height, width):
+        what = f"{grid.rows}x{grid.columns} tiles of {height}x{width} latent pixels would overlap whole"
+        raise Refusal("--tiles", what, "give fewer, or leave it out")
     while True:
         over = sharding.across(width) if grid == Tiles(1, 1) else sharding.mesh()
         tile = jnp.zeros((1, 1, *grid.sides(height, width), channels))
@@ -192,13 +213,19 @@ def _read(request: Request, networks, stages: Stages):
     """States, each [1 l e], of the prompt and of the negative prompt."""
     import dataclasses
 
-    from fvdm_jax import checkpoint
-    from fvdm_jax.models.tokenizer import byte_tokenizer, load_tokenizer
+    import jax
+
+    from fvdm_jax import checkpoint, sharding
+    from fvdm_jax.models.text import abstract
+    from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer, load_tokenizer
     from fvdm_jax.prompts import TextCache, fingerprint
 
     length, words = networks.text.length, [request.model / name for name in TOKENIZERS]
     words = [path for path in words if path.is_file()][:1]
     tokenizer = load_tokenizer(words[0]) if words else byte_tokenizer
+    if tokenizer.vocabulary > networks.text.vocabulary or not words and networks.text.vocabulary > VOCABULARY:
+        what = f"{words[0] if words else request.model} has no tokens for these weights"
+        raise Refusal("--model", what, f"put the {' or '.join(TOKENIZERS)} of the text encoder there")
     for flag, prompt in (("--prompt", request.prompt), ("--negative", request.negative)):
         if (count := tokenizer.count(prompt)) > length:
             print(f"note: {flag} has {count} tokens and is cut to the model's {length}", file=sys.stderr)
@@ -211,11 +238,16 @@ def _read(request: Request, networks, stages: Stages):
         if program is None:
             with stages("load"):
                 params = checkpoint.load(request.model, ("text",))[1]
+                over = sharding.mesh(fsdp=len(jax.devices()))
+                params = {
+                    "text": jax.device_put(params["text"], sharding.shardings(over, abstract(networks.text)))
+                }
             program = partial(_compiled(stages, networks.read, params, *tokens), params)
         return program(*tokens)[0]
 
     with stages("text"):
-        depends = fingerprint(request.model / "text.safetensors", *words), dataclasses.asdict(networks.text)
+        weights = fingerprint(request.model / "text.safetensors", *words)
+        depends = weights, dataclasses.asdict(networks.text), _versions()
         cache = TextCache(_cache("text"), depends)
         return tuple(cache.states(text, length, read)[None] for text in (request.prompt, request.negative))
 
@@ -300,7 +332,7 @@ def _keep_compiled_programs() -> None:
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("jax", "jaxlib", "flax", "numpy", "av")
+    packages = ("jax", "jaxlib", "flax", "numpy", "av", "ftfy", "sentencepiece", "tokenizers")
     ours = {"fvdm_jax": fvdm_jax.__version__, "python": platform.python_version()}
     return ours | {name: version(name) for name in packages}
 

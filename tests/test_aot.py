@@ -29,9 +29,9 @@ def placed(tree, at):
 
 
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_streamed_decode_at_720p_fits_eight_chips(v5e, dtype, capsys):
-    config = dataclasses.replace(vae.SIZES["wan_2_1"], dtype=dtype)
+def test_a_streamed_decode_at_720p_fits_eight_chips(v5e, capsys):
+    """In bfloat16; five minutes of the CPU. float32 is six products for one there, and takes much longer."""
+    config = dataclasses.replace(vae.SIZES["wan_2_1"], dtype="bfloat16")
     over = sharding.mesh(context=8, devices=v5e)
     params = placed(nn.meta.unbox(vae.abstract(config)), sharding.replicated(over))
     latents = placed(jnp.zeros((1, 21, 90, 160, 16)), sharding.spatial(over))
@@ -39,5 +39,5 @@ def test_a_streamed_decode_at_720p_fits_eight_chips(v5e, dtype, capsys):
     sizes = decode.lower(params, latents).compile().memory_analysis()
     peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
     with capsys.disabled():
-        print(f"\n81 frames of 720x1280 on v5e:2x4, {dtype}: {peak / GIB:.2f} GiB a chip\n{sizes}")
+        print(f"\n81 frames of 720x1280 on v5e:2x4: {peak / GIB:.2f} GiB a chip\n{sizes}")
     assert peak < 16e9

@@ -20,7 +20,7 @@ FLOORS = {
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text",
     3: "kernels.attention models.layers models.causal",
-    2: "program progress decode video keeps latents request explain sharding"
+    2: "program progress media clips decode video keeps latents rules request explain sharding"
     " process schedule tasks levels models.tokenizer data.source",
     1: "shapes",
 }
@@ -156,8 +156,8 @@ def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
     from fvdm_jax import request
     from fvdm_jax.models import dit
     from fvdm_jax.process import PROCESSES
-    from fvdm_jax.request import PROCESSES as REQUESTED
-    from fvdm_jax.request import SOLVERS, SPACINGS
+    from fvdm_jax.rules import PROCESSES as REQUESTED
+    from fvdm_jax.rules import SOLVERS, SPACINGS
     from fvdm_jax.samplers import SAMPLERS
     from fvdm_jax.schedule import SPACINGS as TABLES
 

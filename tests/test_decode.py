@@ -54,6 +54,34 @@ def test_a_variable_rate_is_followed(tmp_path):
     assert video.read(path, 6, (SIDE, SIDE)).shape[0] == 6
 
 
+def test_an_avi_is_read_in_its_order(tmp_path):
+    """With frames that look ahead its clock says when they are decoded, not when they are shown."""
+    import av
+
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("libx264", 25, options={"bf": "3", "b-adapt": "0"})
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuv420p"
+        for index in range(20):
+            grey = np.full((SIDE, SIDE, 3), 10 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert seen_at(tmp_path / "a.avi", 25) == list(range(20))
+
+
+@pytest.mark.parametrize("fps", [7, 12, 23.976, 25, 29.97, 50, 60])
+def test_as_many_frames_are_read_as_are_promised(tmp_path, fps):
+    """Clocks of whole milliseconds, as of Matroska, at rates that do not divide them."""
+    for count in (2, 18, 24):
+        path = written(tmp_path / f"{count}.mp4", [round(1000 * i / 30) for i in range(count)])
+        assert len(seen_at(path, fps)) == video.probe(path).at(fps)
+
+
+def test_a_clip_of_days_is_refused(tmp_path):
+    path = written(tmp_path / "a.mkv", [0, 40, 80, 10**9])
+    with pytest.raises(Refusal, match="lasts 278 hours"):
+        video.probe(path)
+
+
 def test_a_gif_is_read_at_the_rate_asked_for(tmp_path):
     frames = [Image.new("RGB", (SIDE, SIDE), (40 * i,) * 3) for i in range(4)]
     options = {"save_all": True, "append_images": frames[1:], "duration": [100, 300, 100, 100]}
@@ -79,5 +107,5 @@ def test_a_clip_without_frames_is_refused(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w", format="matroska") as container:
         container.add_stream("libx264", 24, width=64, height=64).pix_fmt = "yuv420p"
         container.start_encoding()
-    with pytest.raises(Refusal, match="has no frames|damaged"):
+    with pytest.raises(Refusal, match="cut short .End of file"):
         video.probe(tmp_path / "a.mkv")

@@ -29,10 +29,9 @@ def raced(ours: Callable, theirs: Callable, work: str, capsys) -> float:
                 taken[name].append((time.process_time() - cpu, time.perf_counter() - began))
     (cpu, wall), (their_cpu, their_wall) = min(taken["ours"]), min(taken["theirs"])
     with capsys.disabled():
-        print(
-            f"\n{work}: ours {cpu:.1f} s of the CPU ({wall:.1f} s), theirs {their_cpu:.1f} s ({their_wall:.1f} s),"
-        )
-        print(f"  ratio {cpu / their_cpu:.2f} ({wall / their_wall:.2f})", flush=True)
+        for name, seconds in taken.items():
+            print(f"\n{work}, {name}: {min(seconds)} s of the CPU and on the clock", end="")
+        print(f"\n  ratio {cpu / their_cpu:.2f} and {wall / their_wall:.2f}", flush=True)
     return cpu / their_cpu
 
 

@@ -1,7 +1,9 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fvdm_jax import latents
 from fvdm_jax.program import Refusal
@@ -30,7 +32,7 @@ def test_a_prompt_is_read_once(tmp_path, read):
     assert read.asked == ["a cat"]
     # Only what is not padding is stored.
     (file,) = (tmp_path / "new").iterdir()
-    assert np.load(file).shape == (4, 3)
+    assert load_file(file)["states"].shape == (4, 3)
 
 
 def test_another_prompt_or_other_weights_are_read(tmp_path, read):
@@ -43,11 +45,15 @@ def test_a_damaged_file_is_read_again_and_replaced(tmp_path, read):
     cache = TextCache(tmp_path, "weights")
     cache.states("a cat", 6, read)
     (file,) = tmp_path.iterdir()
-    for damage in (b"", file.read_bytes()[:-5], b"PK\x03\x04"):
+    content = file.read_bytes()
+    damaged = [b"", content[:-5], *(content[:i] + b"\xff" + content[i + 1 :] for i in range(0, 60, 7))]
+    for damage in damaged:
         file.write_bytes(damage)
         assert np.array_equal(cache.states("a cat", 6, read), STATES)
-    assert len(read.asked) == 4 and np.array_equal(cache.states("a cat", 6, read), STATES)
-    assert len(read.asked) == 4
+    for other in (np.zeros((9, 3), np.float32), np.zeros(3, np.float32), np.zeros((2, 3))):
+        save_file({"states": other}, file)
+        assert np.array_equal(cache.states("a cat", 6, read), STATES)
+    assert len(read.asked) == 1 + len(damaged) + 3
 
 
 @pytest.mark.parametrize("folder", [None, "/proc/none"])
@@ -60,14 +66,17 @@ def test_a_fingerprint_is_of_the_contents(tmp_path):
     rng = np.random.default_rng(0)
     content = rng.bytes(3_000_000)
     first, same, other = (tmp_path / name for name in "abc")
-    first.write_bytes(content)
-    same.write_bytes(content)
+    for path in (first, same):
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
     # Weights that were trained on differ everywhere but in the header.
     other.write_bytes(content[:70_000] + rng.bytes(2_930_000))
     assert fingerprint(first) == fingerprint(same) != fingerprint(other)
     assert fingerprint(first) != fingerprint(first, same)
-    same.write_bytes(content + b"\0")
+    os.utime(same, (1, 2))
     assert fingerprint(first) != fingerprint(same)
+    with pytest.raises(Refusal, match="cannot be read"):
+        fingerprint(tmp_path / "none")
 
 
 def test_latents_come_back_with_their_settings(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import small
 from PIL import Image
 
-from fvdm_jax import checkpoint, video
+from fvdm_jax import checkpoint, latents, video
 from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import TINY, parse
@@ -154,11 +154,13 @@ def test_a_decode_that_fails_loses_nothing(sample, monkeypatch):
     assert sample("--decode", "one.latents.safetensors", "--out", "one.mp4")[0] == 0
 
 
-def test_tiles_are_announced(sample):
+def test_tiles_are_announced(sample, monkeypatch):
+    monkeypatch.setattr("fvdm_jax.models.streaming.OVERLAP", 1)
     assert sample("--out", "one.mp4")[0] == 0
     code, _, errors = sample("--decode", "one.latents.safetensors", "--out", "two.mp4", "--tiles", "1x2")
     assert code == 0 and "note: frames are decoded in 1x2 blended tiles\n" in errors
-    assert video.probe("two.mp4")[:5] == ("video", "mov", 48, 32, 9)
+    one, two = (video.read(name, 9, (32, 48)).astype(int) for name in ("one.mp4", "two.mp4"))
+    assert 0 < np.abs(one - two).mean() < 40
 
 
 def test_little_memory_brings_tiles(sample, monkeypatch):
@@ -175,9 +177,9 @@ def test_little_memory_brings_tiles(sample, monkeypatch):
         ("--decode none.safetensors", "No such file"),
         ("--decode a.png", "is no file of latents"),
         ("--decode cut.latents.safetensors", "is not a whole file"),
-        ("--decode one.latents.safetensors --seed 4", "--seed: has no effect with --decode"),
-        ("--decode one.latents.safetensors --tiles 2", "is not RxC"),
-        ("--decode one.latents.safetensors --fps 0", "--fps"),
+        ("--decode a.latents.safetensors --seed 4", "--seed: has no effect with --decode"),
+        ("--decode a.latents.safetensors --tiles 2", "is not RxC"),
+        ("--decode a.latents.safetensors --fps 0", "--fps"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(sample, model, flags, said):
@@ -194,8 +196,43 @@ def test_what_cannot_be_decoded_is_refused(sample, model, flags, said):
 
 def test_latents_of_another_model_are_refused(sample):
     assert sample("--out", "one.mp4")[0] == 0
-    with pytest.raises(Refusal, match="holds latents .* whose have 16 channels"):
+    with pytest.raises(Refusal, match="holds latents .* of .*tiny they would be"):
         parse(["--decode", "one.latents.safetensors", "--model", str(TINY)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"strength": ["a", 1, 1]}, {"strength": [0.5]}, {"strength": None},
+        {"strength": [float("nan"), 1, 1]},
+        {"size": "x"}, {"size": [32, 49]}, {"size": [48, 32]}, {"frames": 10}, {"frames": 13}, {"fps": 0},
+        {"prompt": ["a"]}, {"prompt": "a\0b"}, {"keep": 7}, {"seed": -1},
+        {"model": "nowhere"}, {"model": "a\0"},
+    ],
+)  # fmt: skip
+def test_what_latents_say_of_themselves_is_checked(model, tmp_path, change):
+    path = tmp_path / "a.latents.safetensors"
+    settings = small.SAMPLING | {"seed": 0, "keep": [], "strength": [0, 1, 0.5], "model": str(model)}
+    latents.save(path, np.zeros((1, 3, 4, 6, 4)), settings)
+    flags = ["--decode", str(path), "--out", str(tmp_path / "a.mp4")]
+    assert parse(flags).strength == [0, 1, 0.5]
+    # What only the user may say is not taken from the file.
+    latents.save(
+        path, np.zeros((1, 3, 4, 6, 4)), settings | {"overwrite": True, "out": "x.mp4", "explain": True}
+    )
+    assert (parse(flags).overwrite, parse(flags).out.name, parse(flags).explain) == (False, "a.mp4", False)
+    latents.save(path, np.zeros((1, 3, 4, 6, 4)), settings | change)
+    with pytest.raises(Refusal):
+        parse(flags)
+
+
+def test_file_names_that_are_no_text_lose_nothing(sample):
+    os.rename("a.png", b"caf\xe9.png")
+    code, out, errors = sample("--keep", "0=caf\udce9.png", "--out", "caf\udce9.mp4")
+    assert code == 0, errors
+    assert json.loads(Path("caf\udce9.json").read_text("utf-8"))["keep"] == ["0=caf?.png"]
+    assert sample("--decode", "caf\udce9.latents.safetensors", "--out", "b.mp4")[0] == 2
+    assert sample("--decode", "caf\udce9.latents.safetensors", "--out", "c.mp4")[0] == 0
 
 
 def test_a_prompt_is_encoded_once(sample, model, monkeypatch):

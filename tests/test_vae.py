@@ -102,7 +102,6 @@ def test_bfloat16_is_near(golden):
         config = dataclasses.replace(golden.config, dtype="bfloat16")
         rounded = jax.jit(lambda x, c=config, m=method: WAYS["streamed"](c, golden.params, x, m))(golden[key])
         error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
-        print(method, error)
         assert 1e-4 < error < 3e-2
 
 

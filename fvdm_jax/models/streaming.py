@@ -5,6 +5,7 @@ joins. What the convolutions remember from piece to piece is the carry of one sc
 the whole clip up to rounding. Frames split over devices, by their sharding, stay so.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from functools import partial
@@ -55,6 +56,8 @@ def _joined(first, rest):
 
 def encode(config: VAEConfig, params: dict, video: Video) -> Latents:
     """Normalised latents [b f h w c] of pixels [b t H W 3], −1 … 1, as `VAE.encode`."""
+    if (video.shape[1] - 1) % config.stride:
+        raise ValueError(f"the clip has {video.shape[1]} frames; give 1 + {config.stride}n")
     later = rearrange(video[:, 1:], "b (n t) h w c -> n b t h w c", t=config.stride)
     return _joined(*_scanned(config, "encode", params, video[:, :1], later))
 
@@ -82,18 +85,20 @@ class Stream:
         later = (first.shape[0], self._length, *first.shape[2:])
         later = jax.ShapeDtypeStruct(later, first.dtype, sharding=first.sharding)
         run = partial(piece, config, method)
-        options = OPTIONS.get(jax.default_backend())
-        self._begin = jax.jit(run).lower(params, first).compile(options)
+        self._run, self._params, self._later = run, params, later
+        self._memory = jax.eval_shape(run, params, first)[1]
+        self._begin = jax.jit(run).lower(params, first).compile(OPTIONS.get(jax.default_backend()))
+
+    @functools.cached_property
+    def _proceed(self):
+        """The program of all pieces but the first; an image has none."""
         # Memory stays where the first piece left it, or the second of the others would be compiled anew.
         _, placed = self._begin.output_shardings
         memory = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            jax.eval_shape(run, params, first)[1],
-            placed,
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), self._memory, placed
         )
-        proceed = jax.jit(run, out_shardings=(None, placed), donate_argnums=2)
-        self._proceed = proceed.lower(params, later, memory).compile(options)
-        self._params, self.placement = params, first.sharding
+        proceed = jax.jit(self._run, out_shardings=(None, placed), donate_argnums=2)
+        return proceed.lower(self._params, self._later, memory).compile(OPTIONS.get(jax.default_backend()))
 
     @property
     def bytes(self) -> int:
@@ -104,8 +109,11 @@ class Stream:
     def __call__(self, clip) -> Iterator:
         """The result for each piece of a clip [b t …] in turn, computed while the one before is being used.
 
-        The clip may be on the host; then a piece at a time goes to the device.
+        The clip may be on the host; then a piece at a time goes to the device. Raises ValueError where it
+        does not end with a whole piece.
         """
+        if (clip.shape[1] - 1) % self._length:
+            raise ValueError(f"the clip has {clip.shape[1]} frames; give 1 + {self._length}n")
         ready, memory = self._begin(self._params, self._placed(clip[:, :1]))
         for i in range(1, clip.shape[1], self._length):
             later = self._placed(clip[:, i : i + self._length])
@@ -115,7 +123,7 @@ class Stream:
         yield ready
 
     def _placed(self, x):
-        return jax.device_put(x, self.placement)
+        return jax.device_put(x, self._later.sharding)
 
 
 OVERLAP = 8
@@ -136,6 +144,13 @@ class Tiles(NamedTuple):
         """With one cut more, across the longer side of the tiles."""
         tall, wide = self.sides(height, width)
         return Tiles(self.rows + 1, self.columns) if tall > wide else Tiles(self.rows, self.columns + 1)
+
+    def useful(self, height: int, width: int) -> bool:
+        """Whether every cut makes the tiles of such a frame smaller."""
+        return all(
+            count == 1 or _side(length, count) < _side(length, count - 1)
+            for length, count in ((height, self.rows), (width, self.columns))
+        )
 
     def smallest(self, height: int, width: int) -> bool:
         """Whether tiles would hardly be smaller if there were more."""

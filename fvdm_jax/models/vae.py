@@ -44,6 +44,11 @@ class VAEConfig:
         return self.patch * 2 ** len(self.temporal)
 
     @property
+    def apart(self) -> int:
+        """Levels at the pixels' end that join no frames."""
+        return [*self.temporal, True].index(True)
+
+    @property
     def stride(self) -> int:
         """Frames to a latent frame, but for the first."""
         return 2 ** sum(self.temporal)
@@ -194,7 +199,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Video, begun: bool = False) -> Frames:
         c, dtype = self.config, self.config.dtype
-        apart = c.temporal.index(True)
+        apart = c.apart
         x = framewise(self, partial(Encoder._first, levels=apart), x, begun)
         for i in range(apart, len(c.multipliers)):
             x = self._level(i, x, begun)
@@ -234,7 +239,7 @@ class Decoder(nn.Module):
         x = Conv(c.latent, (1, 1, 1), dtype=dtype, name="post_quant")(x)
         x = Conv(c.multipliers[-1] * c.decoder_width, dtype=dtype, name="conv_in")(x)
         x = Middle(dtype, name="middle")(x)
-        apart = len(c.temporal) - c.temporal.index(True)
+        apart = len(c.temporal) - c.apart
         for i in range(apart):
             x = self._level(i, x, begun)
         return framewise(self, partial(Decoder._last, levels=apart), x, begun)

@@ -1,0 +1,85 @@
+"""What each setting may be. A rule says of a bad value what is wrong and what to give, of a good one nothing."""
+
+from collections.abc import Callable, Sequence
+
+from fvdm_jax.video import STRIDE
+
+SOLVERS = ("unipc", "dpm++", "euler")
+SPACINGS = ("wan", "pusa", "ddpm")
+PROCESSES = ("flow", "ddpm", "ddpm_v")
+
+Rule = Callable[[object], tuple[str, str] | None]
+
+
+def _whole_from(least: int, most: int) -> Rule:
+    def rule(value):
+        if type(value) is not int or not least <= value <= most:
+            return "is not a possible number", f"give a whole number from {least} to {most}"
+
+    return rule
+
+
+def _between(least: float, most: float, note: str = "") -> Rule:
+    def rule(value):
+        if type(value) not in (int, float) or not least <= value <= most:
+            return "is out of range", f"give a number from {least} to {most}{note}"
+
+    return rule
+
+
+def _one_of(names: Sequence[str]) -> Rule:
+    return lambda value: None if value in names else ("is unknown", f"give one of {', '.join(names)}")
+
+
+def _frames(value):
+    if wrong := _whole_from(1, 10_001)(value):
+        return wrong[0], wrong[1] + " of the form 1 + 4n"
+    if value % STRIDE != 1:
+        below = value - (value - 1) % STRIDE
+        return "is not of the form 1 + 4n", f"give {below} or {below + STRIDE}"
+
+
+def sides(multiple: int) -> Rule:
+    def rule(value):
+        if not isinstance(value, tuple) or len(value) != 2:
+            return "is not a height and a width", "give HxW, such as 480x832"
+        if any(type(side) is not int or not multiple <= side <= 8192 for side in value):
+            return "is out of range", f"give sides from {multiple} to 8192 pixels, multiples of {multiple}"
+        if any(side % multiple for side in value):
+            height, width = (max(multiple, round(side / multiple) * multiple) for side in value)
+            return f"has a side that is not a multiple of {multiple}", f"the nearest is {height}x{width}"
+
+    return rule
+
+
+def _text(value):
+    if not isinstance(value, str):
+        return "is not text", "give a string"
+    if "\0" in value or not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        return "is not valid text", "give it in UTF-8, without NUL"
+
+
+def texts(value):
+    if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+        return "is no list of texts", ""
+
+
+def strengths(value):
+    rule = _between(0, 1)
+    if not isinstance(value, tuple) or any(rule(strength) for strength in value):
+        return "is no list of strengths", ""
+
+
+RULES: dict[str, Rule] = {
+    "prompt": _text,
+    "negative": _text,
+    "frames": _frames,
+    "steps": _whole_from(1, 1000),
+    "solver": _one_of(SOLVERS),
+    "process": _one_of(PROCESSES),
+    "spacing": _one_of(SPACINGS),
+    "shift": _between(0.01, 1000, "; 1 spaces the steps evenly"),
+    "guidance": _between(0, 100, "; 1 turns guidance off"),
+    "fps": _between(0.1, 240),
+    "seed": _whole_from(0, 2**64 - 1),
+}
