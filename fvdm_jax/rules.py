@@ -1,4 +1,4 @@
-"""What each setting may be. A rule says of a bad value what is wrong and what to give, of a good one nothing."""
+"""What each setting may be. A rule says of a bad value what is wrong with it and what to give instead."""
 
 from collections.abc import Callable, Sequence
 

@@ -92,17 +92,17 @@ PROMPTS = {
 
 
 def look(clip: np.ndarray) -> tuple[str, np.ndarray]:
-    """Colour of what moves in a clip [t H W 3], and how far it moved, (x, y) in frames.
+    """Colour of the shape in a clip [t H W 3], and how far it moved, (x, y) in frames.
 
-    What moves is what differs from the middle frame of all, pixel by pixel; its colour is the nearest of the
+    The shape is what is unlike the background, whose colour most pixels have; its colour is the nearest of the
     world's, by most pixels.
     """
-    still = np.median(clip, 0)
-    moving = np.abs(clip - still).max(-1) > 0.35
+    behind = np.median(clip.reshape(-1, 3), 0)
+    standing_out = np.abs(clip - behind).max(-1) > 0.5
     colours = np.array(list(source.COLOURS.values())) * 2 - 1
-    nearest = np.abs(clip[moving][:, None] - colours).sum(-1).argmin(-1)
+    nearest = np.abs(clip[standing_out][:, None] - colours).sum(-1).argmin(-1)
     name = list(source.COLOURS)[np.bincount(nearest, minlength=len(colours)).argmax()]
-    like = moving & (np.abs(clip - colours[list(source.COLOURS).index(name)]).sum(-1) < 0.8)
+    like = standing_out & (np.abs(clip - colours[list(source.COLOURS).index(name)]).sum(-1) < 0.8)
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     seen = [t for t in range(len(clip)) if like[t].sum() > 8]
     centres = [((like[t] * x).sum() / like[t].sum(), (like[t] * y).sum() / like[t].sum()) for t in seen]
@@ -119,15 +119,23 @@ def test_backgrounds_follow_their_prompts(generate):
     assert sum(map(str.__eq__, found, asked)) >= 7, found
 
 
-@pytest.mark.xfail(strict=True, reason="2,700 steps on two cores: shapes are blots that do not follow yet")
-def test_shapes_follow_their_prompts(generate):
+def test_shapes_have_the_colours_of_their_prompts(generate):
     _, clips = generate(list(PROMPTS.values()))
-    right = np.zeros(2, int)
-    for (colour, direction), clip in zip(PROMPTS, clips, strict=True):
-        found, moved = look(clip)
-        heading = np.array(source.DIRECTIONS[direction])
-        right += found == colour, moved @ heading > 0.1 and abs(moved @ heading[::-1]) < abs(moved @ heading)
-    assert right.min() >= 6, f"{right} of 8 colours and directions"
+    found = [look(clip)[0] for clip in clips]
+    # Measured 8 of 8.
+    assert sum(colour == asked for colour, (asked, _) in zip(found, PROMPTS, strict=True)) >= 6, found
+
+
+@pytest.mark.xfail(
+    strict=True, reason="106,000 samples on two cores: shapes do not yet move as they are told"
+)
+def test_shapes_move_as_their_prompts_say(generate):
+    _, clips = generate(list(PROMPTS.values()))
+    right = 0
+    for (_, direction), clip in zip(PROMPTS, clips, strict=True):
+        moved, heading = look(clip)[1], np.array(source.DIRECTIONS[direction])
+        right += moved @ heading > 0.1 and abs(moved @ heading[::-1]) < abs(moved @ heading)
+    assert right >= 6, f"{right} of 8 directions"
 
 
 def test_a_kept_image_begins_the_video_bit_for_bit(generate, model):
