@@ -13,7 +13,7 @@ was made so on two cores that other work shared, with the last losses
 
 where `dit` was run in parts: `dit`, stopped and gone on with at step 1000; `dit 2700 8700`, stopped at 5400;
 `dit 5400 6600`. Photographs come out of its VAE at 22.3 dB, moving shapes at 24.9 dB. What it generates has
-the background and the colour that the prompt asks for; shapes are rough, and do not yet move as they are told.
+the background and the colour that the prompt asks for; shapes are rough and do not move as they are told.
 """
 
 import dataclasses

@@ -94,8 +94,8 @@ PROMPTS = {
 def look(clip: np.ndarray) -> tuple[str, np.ndarray]:
     """Colour of the shape in a clip [t H W 3], and how far it moved, (x, y) in frames.
 
-    The shape is what is unlike the background, whose colour most pixels have; its colour is the nearest of the
-    world's, by most pixels.
+    The shape is what is unlike the background, whose colour most pixels have; its colour is the nearest of
+    the world's, by most pixels.
     """
     behind = np.median(clip.reshape(-1, 3), 0)
     standing_out = np.abs(clip - behind).max(-1) > 0.5
