@@ -18,37 +18,47 @@ def _attention(source: str, target: str) -> list[Rule]:
 
 
 def dit(image: bool = False, positions: bool = False) -> list[Rule]:
-    """Rules of the transformer; `image` for the CLIP branch of Wan2.1's I2V, `positions` for FLF2V."""
+    """Rules of the transformer; `image` for the CLIP branch of Wan2.1's I2V, `positions` for FLF2V.
+
+    In the order in which the published files have the tensors.
+    """
     block, cross = "blocks.*", "blocks.*.cross_attn"
-    rules = [
+    return [
         *dense("patch_embedding", "patch_embedding", "o c 1 p q -> (c p q) o"),
         *dense("text_embedding.0", "text_embedding/up"),
         *dense("text_embedding.2", "text_embedding/down"),
         *dense("time_embedding.0", "time_embedding/up"),
         *dense("time_embedding.2", "time_embedding/down"),
         *dense("time_projection.1", "time_projection"),
-        *dense("head.head", "head/out"),
-        Rule("head.modulation", "head/modulation", "1 r d -> r d"),
         Rule(f"{block}.modulation", "blocks/modulation", "1 r d -> r d"),
-        *affine(f"{block}.norm3", "blocks/norm3"),
         *_attention(f"{block}.self_attn", "blocks/self_attn"),
+        *affine(f"{block}.norm3", "blocks/norm3"),
         *_attention(cross, "blocks/cross_attn"),
+        *(_image_attention(cross, "blocks/cross_attn") if image else ()),
         *dense(f"{block}.ffn.0", "blocks/ffn/up"),
         *dense(f"{block}.ffn.2", "blocks/ffn/down"),
+        Rule("head.modulation", "head/modulation", "1 r d -> r d"),
+        *dense("head.head", "head/out"),
+        *([Rule("img_emb.emb_pos", "image_embedding/positions", "1 n e -> n e")] if positions else ()),
+        *(_image_embedding() if image else ()),
     ]
-    if image:
-        rules += [
-            *dense(f"{cross}.k_img", "blocks/cross_attn/k_img"),
-            *dense(f"{cross}.v_img", "blocks/cross_attn/v_img"),
-            Rule(f"{cross}.norm_k_img.weight", "blocks/cross_attn/norm_k_img/scale", "d -> d"),
-            *affine("img_emb.proj.0", "image_embedding/norm_in"),
-            *dense("img_emb.proj.1", "image_embedding/up"),
-            *dense("img_emb.proj.3", "image_embedding/down"),
-            *affine("img_emb.proj.4", "image_embedding/norm_out"),
-        ]
-    if positions:
-        rules.append(Rule("img_emb.emb_pos", "image_embedding/positions", "1 n e -> n e"))
-    return rules
+
+
+def _image_attention(source: str, target: str) -> list[Rule]:
+    return [
+        *dense(f"{source}.k_img", f"{target}/k_img"),
+        *dense(f"{source}.v_img", f"{target}/v_img"),
+        Rule(f"{source}.norm_k_img.weight", f"{target}/norm_k_img/scale", "d -> d"),
+    ]
+
+
+def _image_embedding() -> list[Rule]:
+    return [
+        *affine("img_emb.proj.0", "image_embedding/norm_in"),
+        *dense("img_emb.proj.1", "image_embedding/up"),
+        *dense("img_emb.proj.3", "image_embedding/down"),
+        *affine("img_emb.proj.4", "image_embedding/norm_out"),
+    ]
 
 
 def _residual(source: str, target: str, shortcut: bool) -> list[Rule]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -105,7 +106,7 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     """The networks of a folder and the parameters of those of them that `parts` names.
 
-    The folder holds `config.json`, with a config for each, and NAME.safetensors. Raises Refusal where a
+    The folder holds `config.json`, with a config for each, and NAME.safetensors or a folder NAME. Raises Refusal where a
     config is none, a file is not whole, or its arrays are not those of its config.
     """
     networks = describe(folder)
@@ -113,9 +114,26 @@ def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     for name in parts:
         config = getattr(networks, name)
         # Networks that compute in float32 get what they compute with; others what is stored, half as large.
-        params[name] = load_tree(folder / f"{name}.safetensors", config.dtype == "float32")
-        _check(folder / f"{name}.safetensors", params[name], KINDS[name][1](config))
+        path = folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+        restore = restore_tree if path.is_dir() else load_tree
+        params[name] = restore(path, config.dtype == "float32")
+        _check(path, params[name], KINDS[name][1](config))
     return networks, params
+
+
+def restore_tree(folder: Path, widen: bool = False) -> dict:
+    """The nested tree of arrays of a folder that `python -m convert` or Orbax has written, on the host.
+
+    With `widen` as float32 where it was stored narrower. Onto a mesh such a folder is restored by Orbax
+    itself, with `abstract` parameters that have shardings as its target. Raises Refusal where it is none.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        tree = ocp.PyTreeCheckpointer().restore(folder)
+    except (OSError, ValueError, KeyError) as broken:
+        raise Refusal(folder, f"is no whole checkpoint ({broken})", "convert it again") from broken
+    return jax.tree.map(lambda a: a.astype(np.float32) if widen and _is_float(a) else a, tree)
 
 
 def describe(folder: Path) -> Networks:

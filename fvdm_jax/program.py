@@ -14,6 +14,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -231,7 +232,7 @@ def _clear_stale(folder: Path) -> None:
     for name in os.listdir(folder):
         if (match := ours.fullmatch(name)) and not _alive(int(match[1])):
             with contextlib.suppress(OSError):
-                os.unlink(folder / name)
+                shutil.rmtree(folder / name) if (folder / name).is_dir() else os.unlink(folder / name)
 
 
 def _flush(path: Path) -> None:
@@ -271,6 +272,35 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_output(path: Path) -> Iterator[Path]:
+    """A new folder to fill in place of `path`, which it becomes when the block ends and never before.
+
+    When the block raises nothing is left; what a killed run left beside it is removed first. Raises Refusal
+    where there is something at `path`, and where the disk is full or cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    draft = _temporary(target)
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise Refusal(path, "exists", "give a name that is free")
+        _clear_stale(target.parent)
+        draft.mkdir()
+        yield draft
+        for folder, _, names in os.walk(draft):
+            for name in names:
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        os.rename(draft, target)
+        _flush(target.parent)
+    except OSError as failure:
+        if failure.errno not in UNWRITABLE | {errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        raise Refusal(path, f"cannot be written: {os.strerror(failure.errno)}", _REMEDY) from failure
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def check_output(path: Path, where: str, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from fvdm_jax.rules import RULES, SOLVERS, sides, strengths, texts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
-WEIGHTS = ("dit.safetensors", "vae.safetensors", "text.safetensors")
+WEIGHTS = ("dit", "vae", "text")
 SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
 """The settings that a model has of its own."""
 
@@ -221,8 +221,11 @@ def defaults(folder: Path) -> Defaults:
         stored = json.loads(config.read_text("utf-8"))
         sampling, vae = dict(stored["sampling"]), stored["vae"]
         multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
-        if absent := [name for name in WEIGHTS if not (folder / name).is_file()]:
-            raise Refusal("--model", f"{folder} has no {absent[0]}", "give a folder with all its files")
+        for name in WEIGHTS:
+            if not (folder / name).is_dir() and not (folder / f"{name}.safetensors").is_file():
+                raise Refusal(
+                    "--model", f"{folder} has no {name}.safetensors", "give a folder with all its files"
+                )
         return Defaults(config, sampling, multiple, int(vae["latent"]))
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"

@@ -246,7 +246,9 @@ def _read(request: Request, networks, stages: Stages):
         return program(*tokens)[0]
 
     with stages("text"):
-        weights = fingerprint(request.model / "text.safetensors", *words)
+        # A converted model's manifest has the hashes of all that it was made of.
+        weights = [request.model / name for name in ("text.safetensors", "manifest.json")]
+        weights = fingerprint(*filter(Path.is_file, weights), *words)
         depends = weights, dataclasses.asdict(networks.text), _versions()
         cache = TextCache(_cache("text"), depends)
         return tuple(cache.states(text, length, read)[None] for text in (request.prompt, request.negative))

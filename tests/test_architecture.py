@@ -18,7 +18,7 @@ FLOORS = {
     7: "sample",
     6: "guidance checkpoint prompts",
     5: "samplers",
-    4: "models.dit models.clip models.vae models.streaming models.text",
+    4: "models.dit models.clip models.vae models.streaming models.text lora",
     3: "kernels.attention models.layers models.causal",
     2: "program progress media clips decode video keeps latents rules request explain sharding"
     " process schedule tasks levels models.tokenizer data.source",

@@ -1,0 +1,192 @@
+"""What a conversion will do, known from headers alone: the networks found and the arrays they become."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from fvdm_jax import checkpoint
+from fvdm_jax.models import clip
+from fvdm_jax.program import Refusal, plain
+
+from . import dialects, families, write
+from .sources import Part, Source
+from .table import plan
+from .tensors import Planned
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+ABSTRACT = {part: abstract for part, (_, abstract) in checkpoint.KINDS.items()} | {"clip": clip.abstract}
+
+
+class Network(NamedTuple):
+    """One part of our checkpoint: its name there, its family, its arrays, and the source that has them."""
+
+    name: str
+    family: families.Family
+    arrays: list[Planned]
+    source: Part
+
+    def __str__(self) -> str:
+        count = sum(int(np.prod(array.shape, dtype=object)) for array in self.arrays)
+        kinds = Counter(str(array.dtype) for array in self.arrays)
+        size, known = self.family.config, self.family.name or "of no published size"
+        what = f"{self.name}: {known}, {self.family.names} names, {len(self.source.tensors)} tensors"
+        layers = f", {size.layers} layers" if hasattr(size, "layers") else ""
+        return f"{what}{layers}, {count:,} parameters, {' and '.join(kinds)}"
+
+
+class Options(NamedTuple):
+    """What a user says of a conversion: --as, --config and --dtype."""
+
+    said: str | None = None
+    config: dict | None = None
+    dtype: str | None = None
+
+
+def networks(sources: list[Source], options: Options) -> list[Network]:
+    """The networks of the sources, each by its name in our checkpoint, checked against our networks' shapes.
+
+    Raises Refusal, named for the file, for a tensor without a rule, a rule without a tensor, a shape that is
+    not our network's, or two networks of one name.
+    """
+    found: dict[str, Network] = {}
+    for part in (part for source in sources for part in source.parts):
+        network = _network(part, options)
+        if network.name in found:
+            other = found[network.name].source.path
+            raise Refusal(part.path, f"is a second {network.name}, beside {other}", "give one of them")
+        found[network.name] = network
+    if "dit" in found and {"dit_high", "dit_low"} & found.keys():
+        raise Refusal(found["dit"].source.path, "is a third transformer beside two experts", "give two")
+    return list(found.values())
+
+
+def _network(part: Part, options: Options) -> Network:
+    if dialects.recognised(part.tensors):
+        raise Refusal(
+            part.path, "is a LoRA among the networks of a model", "convert it alone, or give it as --lora"
+        )
+    if options.config:
+        part = part._replace(config=options.config)
+    family = families.recognise(part, options.said)
+    try:
+        arrays = plan(family.rules, family.tensors, **family.sizes)
+    except KeyError as misfit:
+        what = f"as {family.name or family.part}: {plain(misfit.args[0], 500)}"
+        raise Refusal(part.path, what, "a file of this family is wanted; --as says which it is") from misfit
+    _check_shapes(part.path, family, arrays)
+    if odd := [array for array in arrays if array.dtype.name not in FLOATS]:
+        what = f"has {odd[0].dtype} for {odd[0].path}, which are no weights"
+        raise Refusal(part.path, what, "give weights of 8, 16 or 32 bits")
+    name = f"dit_{part.expert}" if part.expert and family.part == "dit" else family.part
+    return Network(name, family, [_inspected(part.path, _cast(a, options.dtype)) for a in arrays], part)
+
+
+def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) -> None:
+    """Raises Refusal unless the arrays are those of our network with the family's config."""
+    abstract = nn.meta.unbox(ABSTRACT[family.part](family.config))
+    wanted = {key: leaf.shape for key, leaf in flatten_dict(abstract, sep="/").items()}
+    found = {array.path: array.shape for array in arrays}
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            what = f"{key} is {found.get(key, 'absent')}, and of this size {wanted.get(key, 'no part')}"
+            raise Refusal(path, what, "copy it again, or say with --as or --config which network it is")
+
+
+def _cast(array: Planned, dtype: str | None) -> Planned:
+    """The array with elements of another type, rounded once; as they are for None."""
+    if dtype is None or array.dtype == DTYPES[dtype]:
+        return array
+    kind = np.dtype(DTYPES[dtype])
+
+    def piece(i: int) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return array.piece(i).astype(kind)
+
+    return array._replace(dtype=kind, piece=piece)
+
+
+def _inspected(path: Path, array: Planned) -> Planned:
+    """The array, which warns of what no training makes when it is read, and refuses mislabelled bytes."""
+    said = set()
+
+    def piece(i: int) -> np.ndarray:
+        values = array.piece(i)
+        where = f"{array.path}{f' of layer {i}' if array.layers else ''}"
+        if _mislabelled(values):
+            what = f"has bfloat16 bytes labelled float16: {where} is around 1 everywhere"
+            raise Refusal(path, what, "save it again with its true type")
+        for what, odd in (("holds NaN or infinity", not finite(values)), ("is all 0", _blank(values))):
+            if odd and (where, what) not in said:
+                said.add((where, what))
+                print(f"note: {plain(path)}: {where} {what}", flush=True)
+        return values
+
+    return array._replace(piece=piece)
+
+
+def finite(values: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite; bfloat16 by its bits, for which numpy is slow."""
+    if values.dtype.name == "bfloat16":
+        return not np.any((values.reshape(-1).view(np.uint16) & 0x7F80) == 0x7F80)
+    return bool(np.isfinite(values).all())
+
+
+def _blank(values: np.ndarray) -> bool:
+    return values.ndim > 1 and values.size > 64 and not values.reshape(-1).view(np.uint8).any()
+
+
+def _mislabelled(values: np.ndarray) -> bool:
+    """Whether float16 values are kernels only if their bytes are read as bfloat16.
+
+    The bytes of a bfloat16 kernel, numbers far below 1, are as float16 nearly all between 0.25 and 2.
+    """
+    if values.dtype != np.float16 or values.ndim < 2 or values.size < 4096:
+        return False
+    some = np.abs(values.reshape(-1)[:: max(1, values.size // 65536)].astype(np.float32))
+    return bool(np.mean((some >= 0.25) & (some < 2)) > 0.95)
+
+
+SAMPLING = {
+    "prompt": "", "negative": "", "frames": 81, "size": [480, 832], "fps": 16, "process": "flow",
+    "solver": "unipc", "steps": 50, "spacing": "wan", "shift": 5.0, "guidance": 5.0,
+}  # fmt: skip
+OWN = {
+    "wan_1_3b": {"shift": 8.0, "guidance": 6.0},
+    "wan_5b": {"frames": 121, "size": [704, 1280], "fps": 24},
+}
+"""How the published models are sampled by their authors: Wan's generate.py and READMEs."""
+
+
+def config(networks: list[Network]) -> dict:
+    """What `config.json` says: the config of each network, and how the model is sampled by default."""
+    said = {n.name: dataclasses.asdict(n.family.config) for n in networks}
+    family = next((n.family.name for n in networks if n.family.part == "dit"), "")
+    return said | {"sampling": SAMPLING | OWN.get(family, {})}
+
+
+def opened(folder: Path) -> list[Network]:
+    """The networks of one of our own checkpoints, as `networks` has those of others."""
+    try:
+        said = json.loads((folder / "config.json").read_text("utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        kinds = {name: manifest["networks"][name] for name in manifest["networks"]}
+    except (OSError, ValueError, KeyError, TypeError) as broken:
+        raise Refusal(folder, "is no checkpoint of ours", "give a folder that convert has made") from broken
+    result = []
+    for name, kind in kinds.items():
+        part = name.split("_")[0]
+        sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in said[name].items()}
+        size = (checkpoint.KINDS[part][0] if part in checkpoint.KINDS else clip.CLIPConfig)(**sizes)
+        arrays = write.stored(folder / name)
+        family = families.Family(part, kind["family"], size, "our", arrays)
+        source = Part(folder / name, arrays, (), {}, {}, name.partition("_")[2])
+        result.append(Network(name, family, list(arrays.values()), source))
+    return result

@@ -1,0 +1,187 @@
+"""Arrays into files as they are read, one layer at a time: our checkpoint, and safetensors for others."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .tensors import DTYPES, Planned, Tensor
+
+CHUNK = 64 << 20
+"""Bytes of the largest piece of an array that is stored, and so read, as one."""
+
+NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
+Progress = Callable[[int], None]
+
+
+def chunks(array: Planned) -> list[int]:
+    """The shape of the stored pieces of an array: of one layer, and cut along the longest axis to CHUNK."""
+    shape = list(array.shape)
+    if array.layers:
+        shape[0] = 1
+    size = int(np.prod(shape, dtype=np.int64)) * array.dtype.itemsize
+    if size > CHUNK:
+        longest = int(np.argmax(shape))
+        shape[longest] = -(-shape[longest] // -(-size // CHUNK))
+    return [max(n, 1) for n in shape]
+
+
+def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
+    """Fills a folder that Orbax restores, whole or sharded, with the arrays; `progress` is told of bytes.
+
+    Orbax writes what names the tree, with a placeholder for each array, since it would take all arrays at
+    once; tensorstore, by which Orbax reads them, writes the arrays in their places.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    _hush()
+    folder.mkdir(parents=True)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(_nested(planned)))
+    for array in planned:
+        store, waiting = _store(folder, array, create=True), None
+        for i in range(array.layers or 1):
+            piece = array.piece(i)
+            if waiting is not None:
+                _wait(waiting)
+            waiting = (store[i] if array.layers else store).write(piece)
+            progress(piece.nbytes)
+        if waiting is not None:
+            _wait(waiting)
+
+
+def _hush() -> None:
+    """Orbax warns of what is missing from checkpoints of a kind that this is not."""
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _nested(planned: list[Planned]) -> dict:
+    root: dict = {}
+    for array in planned:
+        *parents, leaf = array.path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = np.zeros(1, np.float32)
+    return root
+
+
+def _store(folder: Path, array: Planned, create: bool):
+    """The array in the folder, as tensorstore has it: uncompressed, since weights hardly shrink."""
+    import tensorstore
+
+    kind = array.dtype.name if array.dtype.name == "bfloat16" else array.dtype.str
+    path = folder / array.path.replace("/", ".")
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path}/"}}
+    if create:
+        spec["metadata"] = {
+            "zarr_format": 2, "shape": list(array.shape), "chunks": chunks(array), "dtype": kind,
+            "compressor": None, "filters": None, "fill_value": None, "order": "C", "dimension_separator": ".",
+        }  # fmt: skip
+        return _wait(tensorstore.open(spec, create=True, delete_existing=True))
+    return _wait(tensorstore.open(spec, open=True))
+
+
+def _wait(future):
+    """The result of tensorstore's future, with its failures as those of the operating system."""
+    try:
+        return future.result()
+    except (ValueError, RuntimeError) as failure:
+        if code := re.search(r"os_error_code='(\d+)'", str(failure)):
+            raise OSError(int(code[1]), str(failure)) from failure
+        raise
+
+
+def different(folder: Path, planned: list[Planned], progress: Progress) -> str | None:
+    """The first array of a folder that is not what is planned, to the bit; None where all are."""
+    for array in planned:
+        store = _store(folder, array, create=False)
+        if (tuple(store.shape), store.dtype.numpy_dtype) != (array.shape, array.dtype):
+            return array.path
+        for i in range(array.layers or 1):
+            wanted = array.piece(i)
+            found = _wait((store[i] if array.layers else store).read())
+            if found.tobytes() != wanted.tobytes():
+                return f"{array.path} at {i}" if array.layers else array.path
+            progress(wanted.nbytes)
+    return None
+
+
+def stored(folder: Path) -> dict[str, Planned]:
+    """The arrays of a folder that `tree` wrote, by path, to be read layer by layer."""
+    import tensorstore
+
+    found = {}
+    for place in sorted(folder.iterdir()):
+        if not place.is_dir():
+            continue
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{place}/"}}
+        store = _wait(tensorstore.open(spec, open=True))
+        path, shape = place.name.replace(".", "/"), tuple(store.shape)
+        layers = shape[0] if path.startswith(STACKS) else None
+
+        def piece(i: int, store=store, layers=layers) -> np.ndarray:
+            return _wait((store[i] if layers else store).read())
+
+        found[path] = Planned(path, store.dtype.numpy_dtype, shape, layers, piece)
+    return found
+
+
+STACKS = ("blocks/", "layers/")
+"""How the paths of arrays that are stacks of layers begin."""
+
+
+def known(array: np.ndarray) -> Tensor:
+    """An array that is in memory as a tensor to be written."""
+    return Tensor(Path(), array.dtype, array.shape, lambda: array)
+
+
+def safetensors(path: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """One file with the tensors, each read when it is written.
+
+    Metadata and order are those of the reference writer, which made the published files: by type, then name.
+    """
+    order = [np.dtype(kind) for kind in DTYPES.values()]
+    tensors = dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        offsets = [end, end := end + tensor.bytes]
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            # A strided array's bytes would be those of its elements in another order: read() gives none.
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+            progress(tensor.bytes)
+
+
+def sharded(folder: Path, stem: str, tensors: dict[str, Tensor], limit: int, progress: Progress) -> None:
+    """The tensors in files of at most `limit` bytes, filled in this order, with an index where there are several.
+
+    Source: huggingface_hub's split of a state dict, whose layout the published repositories have.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and filled + tensor.bytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = tensor
+        filled += tensor.bytes
+    if len(shards) == 1:
+        safetensors(folder / f"{stem}.safetensors", tensors, progress)
+        return
+    names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        safetensors(folder / name, shard, progress)
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = sum(tensor.bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

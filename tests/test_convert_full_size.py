@@ -1,0 +1,109 @@
+"""The real layout of Wan2.1-T2V-1.3B, with random weights: memory, speed, and every bit of the way back."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import wan, write
+from convert.table import unplan
+from convert.tensors import Planned, Tensor
+from fvdm_jax.models import dit
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = 5_676_070_424
+"""Bytes of the published diffusion_pytorch_model.safetensors."""
+
+MARGIN = 256 << 20
+
+
+def layout(config: dit.DiTConfig) -> dict[str, Tensor]:
+    """The tensors of a checkpoint as published, of random weights that depend on nothing but their place."""
+    import flax.linen as nn
+    from flax.traverse_util import flatten_dict
+
+    arrays = {}
+    for path, leaf in flatten_dict(nn.meta.unbox(dit.abstract(config)), sep="/").items():
+        layers = leaf.shape[0] if path.startswith("blocks/") else None
+        arrays[path] = Planned(path, np.dtype(np.float32), leaf.shape, layers, lambda i: None)
+    tensors = unplan(wan.dit(), arrays, p=2, q=2)
+
+    def drawn(n: int, shape: tuple[int, ...]) -> np.ndarray:
+        return np.random.default_rng(n).standard_normal(shape, np.float32) * np.float32(0.02)
+
+    return {
+        key: tensor._replace(read=lambda n=n, shape=tensor.shape: drawn(n, shape))
+        for n, (key, tensor) in enumerate(tensors.items())
+    }
+
+
+def measured(*arguments: str) -> tuple[float, float, int]:
+    """Wall and CPU seconds and peak resident bytes of `python -m convert` in a process of its own."""
+    began = time.perf_counter()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "convert", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+
+
+def copied(source: Path, target: Path) -> float:
+    """Seconds of a sequential copy that is on the disk when it ends."""
+    began = time.perf_counter()
+    with open(source, "rb", buffering=0) as read, open(target, "wb", buffering=0) as written:
+        while piece := read.read(16 << 20):
+            written.write(piece)
+        os.fsync(written.fileno())
+    return time.perf_counter() - began
+
+
+def same(a: Path, b: Path) -> bool:
+    with open(a, "rb") as first, open(b, "rb") as second:
+        while piece := first.read(16 << 20):
+            if piece != second.read(len(piece)):
+                return False
+        return not second.read(1)
+
+
+SMALL = dit.DiTConfig(256, 1024, 2, 12)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, pytest.param(dit.SIZES["wan_1_3b"], marks=pytest.mark.slow)], ids=["small", "wan_1_3b"]
+)
+def test_a_checkpoint_comes_in_and_goes_out_bit_for_bit_in_bounded_memory(tmp_path, config):
+    source, model, back = (
+        tmp_path / name for name in ("diffusion_pytorch_model.safetensors", "model", "back")
+    )
+    tensors = layout(config)
+    write.safetensors(source, tensors, lambda count: None)
+    size = source.stat().st_size
+    settings = {"num_heads": config.heads, "num_layers": config.layers}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    copy = copied(source, tmp_path / "copy")
+    (tmp_path / "copy").unlink()
+
+    _, _, base = measured(str(source), str(model), "--dry-run")
+    wall, cpu, peak = measured(str(source), str(model))
+    speed = copy / wall
+    largest = config.layers * config.width * config.ffn * 4
+    print(
+        f"\n{size / 1e9:.2f} GB: copied in {copy:.1f} s; converted in {wall:.1f} s ({cpu:.1f} s CPU), "
+        f"{size / wall / 1e9:.2f} GB/s, {speed:.2f} of the copy's speed; "
+        f"peak {peak / 2**20:.0f} MiB, {(peak - base) / 2**20:.0f} above a dry run's {base / 2**20:.0f}; "
+        f"bound {(base + 2 * largest + MARGIN) / 2**20:.0f}"
+    )
+    assert peak < base + 2 * largest + MARGIN
+    wall, cpu, peak = measured(str(model), str(back), "--to", "official")
+    print(f"exported in {wall:.1f} s ({cpu:.1f} s CPU), peak {peak / 2**20:.0f} MiB")
+    assert same(source, back / source.name)
+    if config is not SMALL:
+        # The start of Python and jax counts too.
+        assert size == PUBLISHED and speed >= 0.5
