@@ -156,12 +156,8 @@ def train(params, tx, steps, batch, loss, name):
 
 
 WORDS = (source.SHAPES, source.COLOURS, source.SIZES, source.DIRECTIONS, source.SPEEDS, source.BACKGROUNDS)
-CLASSES = [len(table) for table in (*WORDS, source.TONES)]
-"""How many words there are for what a scene's first seven fields say."""
-
-
-LONGEST = 96
-"""Bytes of the longest caption and a little more; prompts may be longer."""
+CLASSES = [len(table) for table in (*WORDS, source.TONES)]  # words for a scene's first seven fields
+LONGEST = 96  # bytes of the longest caption and a little more; prompts may be longer
 
 
 def text_batch(step: int):
@@ -228,14 +224,9 @@ def load_latents():
 
 
 def _often(caption: str) -> float:
-    """How often to draw a clip: more often where the most of what changes is the shape, along its direction.
-
-    A fast shape is reflected in every clip, a slow one hardly moves: neither tells much about directions.
-    """
-    if caption == "textures drift":
-        return 0.0
+    """How often to draw a clip: more often where most of what changes is a shape that keeps its direction."""
     straight = not any(word in caption for word in ("bounces", "slowly", "fast"))
-    return (3.0 if "plain" in caption else 1.0) * (5.0 if straight else 1.0)
+    return (caption != "textures drift") * (3.0 if "plain" in caption else 1.0) * (5.0 if straight else 1.0)
 
 
 def principal(store):

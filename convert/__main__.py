@@ -43,8 +43,8 @@ def parser() -> Parser:
     flags.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge this LoRA"
     )
-    flags.add_argument("--to", metavar="LAYOUT", help="from our checkpoint: official, diffusers, or for a LoRA"
-                       " comfy, pusa, peft")  # fmt: skip
+    layouts = "the other way: official or diffusers; of a LoRA comfy, pusa or peft"
+    flags.add_argument("--to", metavar="LAYOUT", help=layouts)
     flags.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     flags.add_argument("--verify", action="store_true", help="read OUT again and compare it with SOURCE")
     return flags
@@ -101,9 +101,8 @@ def _make(given, job, files: list[Path]) -> None:
     seconds = time.perf_counter() - began
     for digest in manifest["sources"]:
         print(f"read {digest['name']}  {digest['size']:,} bytes  sha256 {digest['sha256']}")
-    print(
-        f"wrote {given.out}: {job.bytes / 1e9:.2f} GB in {seconds:.1f} s, {job.bytes / 1e9 / seconds:.2f} GB/s"
-    )
+    size = job.bytes / 1e9
+    print(f"wrote {given.out}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
 
 
 def _options(given) -> dict:
@@ -111,7 +110,7 @@ def _options(given) -> dict:
 
 
 def _complete(given, files: list[Path]) -> bool:
-    """Whether OUT has been made of these files. Raises Refusal where it has been made of others, or is not ours."""
+    """Whether OUT has been made of these files. Raises Refusal where it is something else."""
     if not given.out.exists() or given.out.is_dir() and not any(given.out.iterdir()):
         return False
     try:

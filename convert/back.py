@@ -12,7 +12,8 @@ from .tensors import Tensor
 
 LAYOUTS = ("official", "diffusers")
 OFFICIAL = {
-    "dit": "", "dit_high": "high_noise_model", "dit_low": "low_noise_model", "vae": "", "text": "", "clip": "",
+    "dit": "", "dit_high": "high_noise_model", "dit_low": "low_noise_model", "vae": "", "text": "",
+    "clip": "",
 }  # fmt: skip
 DIFFUSERS = {
     "dit": "transformer", "dit_high": "transformer", "dit_low": "transformer_2", "vae": "vae",
@@ -111,21 +112,24 @@ def _settings(family: Family, layout: str) -> dict:
         return {}
     if family.part == "text":
         return {
-            "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": c.width, "d_kv": c.head_width,
-            "d_ff": c.ffn, "num_heads": c.heads, "num_layers": c.layers, "vocab_size": c.vocabulary,
+            "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "d_model": c.width,
+            "d_kv": c.head_width, "d_ff": c.ffn,
+            "num_heads": c.heads, "num_layers": c.layers, "vocab_size": c.vocabulary,
             "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True, "dense_act_fn": "gelu_new",
-            "is_gated_act": True, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
-            "tie_word_embeddings": False,
+            "is_gated_act": True, "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128, "tie_word_embeddings": False,
         }  # fmt: skip
     own = {
-        "_class_name": "AutoencoderKLWan", "base_dim": c.width, "z_dim": c.latent, "dim_mult": list(c.multipliers),
-        "num_res_blocks": c.blocks, "temperal_downsample": list(c.temporal), "attn_scales": [], "dropout": 0.0,
-        "latents_mean": list(c.mean), "latents_std": list(c.std),
+        "_class_name": "AutoencoderKLWan", "base_dim": c.width, "z_dim": c.latent,
+        "dim_mult": list(c.multipliers),
+        "num_res_blocks": c.blocks, "temperal_downsample": list(c.temporal),
+        "attn_scales": [], "dropout": 0.0, "latents_mean": list(c.mean), "latents_std": list(c.std),
     }  # fmt: skip
     if c.shortcuts:
         own |= {
-            "decoder_base_dim": c.decoder_width, "is_residual": True, "patch_size": c.patch, "in_channels": 12,
-            "out_channels": 12, "scale_factor_spatial": c.spatial, "scale_factor_temporal": 4,
+            "decoder_base_dim": c.decoder_width, "is_residual": True, "patch_size": c.patch,
+            "in_channels": 12, "out_channels": 12, "scale_factor_spatial": c.spatial,
+            "scale_factor_temporal": 4,
         }  # fmt: skip
     return own
 

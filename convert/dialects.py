@@ -53,7 +53,7 @@ DIALECTS = {
 }
 """Kohya's has been seen with dots left in its modules, which reads the same; comfy's is Kijai's too."""
 
-_EXPERTS = ("transformer", "transformer_2")
+EXPERTS = ("transformer", "transformer_2")
 
 
 def recognised(keys: Iterable[str]) -> bool:
@@ -81,13 +81,13 @@ def chosen(tensors: dict[str, Tensor], expert: str | None) -> dict[str, Tensor]:
 
     Raises Refusal where it has both and none of them is chosen.
     """
-    each = {name: {k: t for k, t in tensors.items() if k.startswith(f"{name}.")} for name in _EXPERTS}
+    each = {name: {k: t for k, t in tensors.items() if k.startswith(f"{name}.")} for name in EXPERTS}
     if not all(each.values()):
         return tensors
-    if expert not in _EXPERTS:
+    if expert not in EXPERTS:
         what = "adapts both experts, transformer and transformer_2"
         raise Refusal(next(iter(tensors.values())).file, what, "choose one of them, or split the file")
-    other = _EXPERTS[1 - _EXPERTS.index(expert)]
+    other = EXPERTS[1 - EXPERTS.index(expert)]
     return {key: tensor for key, tensor in tensors.items() if key not in each[other]}
 
 

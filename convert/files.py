@@ -1,4 +1,7 @@
-"""Files read piece by piece: never mapped, since mapped pages count as resident and a shrinking file kills."""
+"""Files read piece by piece.
+
+Never mapped: mapped pages count as resident memory, and a file that shrinks under a map kills the process.
+"""
 
 import os
 import stat
@@ -38,7 +41,7 @@ def read_bytes(path: Path, start: int, length: int) -> bytearray:
 
 
 def fill(path: Path, start: int, into: memoryview) -> None:
-    """Fills a buffer from `start` of the file. Raises Refusal where the file ends before or cannot be read."""
+    """Fills a buffer from `start` of the file. Raises Refusal where the file ends before."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -64,7 +67,7 @@ def array(path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np
 
 
 def look(path: Path) -> bytes:
-    """The first bytes of an ordinary file. Raises Refusal, saying what it is, where that is no weights file."""
+    """The first bytes of an ordinary file. Raises Refusal where it is known to be something else."""
     head = bytes(read_bytes(path, 0, min(size_of(path), 512)))
     if not head:
         raise Refusal(path, "is empty", "copy it again")

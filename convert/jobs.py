@@ -10,7 +10,7 @@ import numpy as np
 
 from fvdm_jax.lora import Adapters
 from fvdm_jax.models import dit
-from fvdm_jax.program import Refusal, folder_output, number
+from fvdm_jax.program import Refusal, folder_output, numbered
 
 from . import back, dialects, families, lora, plans, wan, write
 from .sources import Part, Source, find, settings
@@ -22,7 +22,7 @@ EVERY_RULE = wan.dit(image=True, positions=True)
 
 
 class Job(NamedTuple):
-    """What is to be written: the trees by name, and what config.json and manifest.json say; `lines` tell it."""
+    """What is to be written: trees by name, config.json and manifest.json; `lines` tell it."""
 
     lines: list[str]
     trees: dict[str, list[Planned]]
@@ -73,7 +73,7 @@ def plan(given, sources: list[Source]) -> Job:
 
 
 def _tokenizer(sources: list[Source]) -> dict[str, Callable[[Path], object]]:
-    """What is to be copied beside the weights, by name: the tokenizer, of a file or of a tensor that holds one."""
+    """What is to be copied beside the weights, by name: the tokenizer, a file or a tensor that holds one."""
     copies = {}
     for source in sources:
         if source.tokenizer:
@@ -96,7 +96,9 @@ def _adapters(part: Part, given, config: dict | None) -> Job:
     return Job(lines, {ADAPTERS: arrays}, {ADAPTERS: {"family": family}}, manifest, {})
 
 
-def _lora(part: Part, said: str | None, config: dict | None, layers: int = 0) -> tuple[list[Planned], str]:
+def _lora(
+    part: Part, said: str | None, config: dict | None, layers: int = 0, expert: str = ""
+) -> tuple[list[Planned], str]:
     """The arrays of a LoRA, and the published network that it is for, "" where its width is none's."""
     depth = layers or 1 + max(map(_layer, part.tensors), default=-1)
     widths = {tensor.shape[1] for key, tensor in part.tensors.items() if _is_down(key, tensor)}
@@ -105,8 +107,14 @@ def _lora(part: Part, said: str | None, config: dict | None, layers: int = 0) ->
     if family in dit.SIZES and not layers:
         depth = dit.SIZES[family].layers
     beside = part.path.parent / "adapter_config.json"
-    peft = config or settings(beside) or lora.header_config(part.path, part.metadata)
-    return lora.planned(part.tensors, EVERY_RULE, depth, peft), family
+    whose = {"high": "transformer", "low": "transformer_2"}.get(expert)
+    whose = whose or next((name for name in dialects.EXPERTS if _only(part, name)), None)
+    peft = config or settings(beside) or lora.header_config(part.path, part.metadata, whose or "transformer")
+    return lora.planned(part.tensors, EVERY_RULE, depth, peft, whose), family
+
+
+def _only(part: Part, expert: str) -> bool:
+    return all(key.startswith(f"{expert}.") for key in part.tensors)
 
 
 def _is_down(key: str, tensor) -> bool:
@@ -137,7 +145,7 @@ def _merged(networks: list[plans.Network], asked: list[str]) -> list[plans.Netwo
         if len(parts) != 1 or not dialects.recognised(parts[0].tensors):
             raise Refusal("--lora", f"{name} is no LoRA", "give the file of one")
         network = networks[fitting[0]]
-        changes, _ = _lora(parts[0], None, None, network.family.config.layers)
+        changes, _ = _lora(parts[0], None, None, network.family.config.layers, expert)
         networks[fitting[0]] = network._replace(arrays=_added(network, changes, strength, name))
     return networks
 
@@ -146,11 +154,7 @@ def _asked(text: str) -> tuple[str, str, float]:
     """Expert, file and strength of `[high=|low=]FILE[:STRENGTH]`."""
     expert, equals, rest = text.partition("=")
     expert, rest = (expert, rest) if equals and expert in ("high", "low") else ("", text)
-    name, colon, strength = rest.rpartition(":")
-    try:
-        return (expert, name, number(strength)) if colon else (expert, rest, 1.0)
-    except Exception:
-        return expert, rest, 1.0
+    return expert, *numbered(rest, 1.0)
 
 
 def _added(network: plans.Network, changes: list[Planned], strength: float, name: str) -> list[Planned]:

@@ -19,7 +19,6 @@ from fvdm_jax.program import Refusal, plain
 
 from . import names
 from .dialects import DIALECTS, DIFFERENCES, Dialect, chosen, dialect, refuse
-from .dialects import recognised as recognised
 from .table import Rule
 from .tensors import DTYPES, Planned, Tensor
 
@@ -277,6 +276,13 @@ def _layers(adapters: Adapters, rules: list[Rule]) -> Iterator[_Layer]:
                 yield _Layer(_name(rule, at).removesuffix(".weight"), *turned, scale[at])
 
 
+def _check_covered(adapters: Adapters, rules: list[Rule]) -> None:
+    targets = {rule.target for rule in rules}
+    pairs = {path.rpartition("/")[0] + "/kernel" for path in flatten_dict(adapters.low_rank, sep="/")}
+    if odd := sorted((pairs | flatten_dict(adapters.delta, sep="/").keys()) - targets):
+        raise KeyError(f"adapters of what has no rule: {odd}")
+
+
 def _name(rule: Rule, at: tuple[int, ...]) -> str:
     return rule.source.replace("*", str(at[0])) if at else rule.source
 
@@ -292,10 +298,11 @@ def exported(adapters: Adapters, rules: list[Rule], name: str) -> dict[str, np.n
 
     comfy has `.alpha` where the scale is not 1; pusa has no place for it, so that B is multiplied by it and
     rounded to B's dtype; peft's lies in `adapter_config`. Differences that are all zeros are not written.
-    Raises Refusal for a difference that the dialect cannot hold.
+    Raises Refusal for a difference that the dialect cannot hold, KeyError for an array without a rule.
     """
     if name not in ("comfy", "pusa", "peft"):
         raise Refusal(name, "is no dialect that can be written", "choose comfy, pusa or peft")
+    _check_covered(adapters, rules)
     spoken, tensors = DIALECTS[name], {}
     for layer in _layers(adapters, rules):
         key = f"{spoken.prefix}{layer.module}"
@@ -319,8 +326,10 @@ def exported(adapters: Adapters, rules: list[Rule], name: str) -> dict[str, np.n
 
 
 def adapter_config(adapters: Adapters, rules: list[Rule]) -> dict:
-    """What belongs into adapter_config.json beside the dialect peft."""
+    """What belongs into adapter_config.json beside the dialect peft. Raises Refusal where nothing does."""
     ranks = {layer.module: (len(layer.a), layer.alpha) for layer in _layers(adapters, rules)}
+    if not ranks:
+        raise Refusal("peft", "holds low ranks, of which these adapters have none", "choose comfy")
     (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
     return {
         "peft_type": "LORA",

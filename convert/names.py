@@ -60,9 +60,9 @@ def diffusers(key: str) -> str:
 
 
 _FIRST = (
-    "scale_shift_table", "patch_embedding", "condition_embedder.time_embedder", "condition_embedder.time_proj",
-    "condition_embedder.text_embedder", "condition_embedder.image_embedder.pos_embed", "condition_embedder",
-    "blocks",
+    "scale_shift_table", "patch_embedding", "condition_embedder.time_embedder",
+    "condition_embedder.time_proj", "condition_embedder.text_embedder",
+    "condition_embedder.image_embedder.pos_embed", "condition_embedder", "blocks",
 )  # fmt: skip
 _WITHIN = ("scale_shift_table", "attn1.norm", "attn1", "attn2.norm", "attn2", "norm2", "ffn")
 

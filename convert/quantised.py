@@ -10,14 +10,14 @@ from fvdm_jax.program import Refusal, plain
 from .tensors import Tensor
 
 WIDE = np.dtype(ml_dtypes.bfloat16)
-"""What eight bits become: every number of theirs is one of bfloat16's, and a scaled one is rounded to it once."""
+"""What eight bits become: it has every number of theirs, and a scaled one is rounded to it once."""
 
 _SCALE, _MARKER = ".scale_weight", "scaled_fp8"
 _UNREAD = (".comfy_quant", ".weight_scale", ".weight_scale_2", ".input_scale", ".qweight", ".qzeros")
 
 
 def widened(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with those of eight bits multiplied by their scales and as bfloat16; other types as they are.
+    """The tensors, those of eight bits multiplied by their scales and as bfloat16.
 
     Raises Refusal, named `path`, where scales are missing, belong to nothing, or follow another scheme.
     Source: ComfyUI's scaled_fp8 (W = fp8 · scale_weight) and musubi-tuner's scales per row and per block.

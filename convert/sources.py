@@ -13,6 +13,9 @@ INDEX = ".index.json"
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 DIFFUSERS = ("transformer", "transformer_2", "vae", "text_encoder")
+DEEPSPEED = "mp_rank_00_model_states.pt"
+"""Where a trainer's folder of DeepSpeed has the tensors; Pusa's is NAME.ckpt/checkpoint/ and this."""
+
 EXPERTS = {"high_noise_model": "high", "low_noise_model": "low", "transformer_2": "low"}
 
 
@@ -43,6 +46,8 @@ def find(path: Path) -> Source:
         return Source([_part(path)])
     inside = [path / name for name in dict.fromkeys((*DIFFUSERS, *EXPERTS))]
     folders = [path, *(folder for folder in inside if folder.is_dir())]
+    if (path / "checkpoint" / DEEPSPEED).is_file():
+        return Source([_part(path / "checkpoint" / DEEPSPEED)])
     parts = [_part(file) for folder in folders for file in _weights(folder)]
     if (path / "image_encoder").is_dir():
         print(

@@ -88,8 +88,12 @@ def _matched(rules: list[Rule], every: list[str]) -> dict[Rule, dict[int, str]]:
     unknown = sorted(set(keys) - set(used))
     if absent or unknown:
         raise KeyError(f"rules without their tensors: {absent}; tensors without a rule: {unknown}")
-    if twice or len(depths) > 1:
-        raise KeyError(f"tensors that two rules claim: {twice}; stacks of unequal depth: {sorted(depths)}")
+    if twice:
+        raise KeyError(f"tensors that two rules claim: {twice}")
+    if len(depths) > 1:
+        stacks = {rule.source: len(layers) for rule, layers in found.items() if "*" in rule.source}
+        shallow = [source for source, depth in stacks.items() if depth < max(depths)]
+        raise KeyError(f"stacks of unequal depth: {sorted(depths)}; lacking the last layers: {shallow}")
     return found
 
 
@@ -112,7 +116,8 @@ def _planned(rule: Rule, tensors: dict[str, Tensor], layers: dict[int, str], siz
 def unplan(rules: list[Rule], arrays: dict[str, Planned], **sizes: int) -> dict[str, Tensor]:
     """The tensors that `plan` would make these arrays of: the rules read from right to left.
 
-    In the rules' order, layer by layer. What a rule leaves out does not come back. Raises KeyError for an array without a rule, or the reverse.
+    In the rules' order, layer by layer. What a rule leaves out does not come back. Raises KeyError for
+    an array without a rule, or the reverse.
     """
     moving = [rule for rule in rules if rule.target is not None]
     if odd := sorted({rule.target for rule in moving} ^ arrays.keys()):

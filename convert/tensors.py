@@ -16,7 +16,7 @@ DTYPES = {
 
 
 class Tensor(NamedTuple):
-    """One tensor of a file. `read` gives its elements, C-contiguous and of this shape and dtype, anew each time.
+    """One tensor of a file. `read` gives its elements anew each time, C-contiguous.
 
     `read` raises Refusal where the file has changed or is damaged.
     """
@@ -32,7 +32,7 @@ class Tensor(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """One array of our tree. `piece(i)` is layer i where it is a stack of `layers`, else `piece(0)` the whole."""
+    """One array of our tree. `piece(i)` is layer i of a stack of `layers`, else `piece(0)` the whole."""
 
     path: str
     dtype: np.dtype

@@ -108,8 +108,7 @@ class _View(NamedTuple):
         raw = self.record.piece(self.offset * dtype.itemsize, self.span * dtype.itemsize, key)
         if not raw.size:
             return np.empty(self.shape, dtype)
-        # An axis of one element can have any stride, also one beyond the record.
-        steps = [s * dtype.itemsize if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
+        steps = [step * dtype.itemsize for step in self.strides]
         return np.asarray(np.ndarray(self.shape, dtype, raw, strides=steps), order="C")
 
 

@@ -35,12 +35,11 @@ def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
     once; tensorstore, by which Orbax reads them, writes the arrays in their places.
     """
     import orbax.checkpoint as ocp
-    from etils import epath
 
     _hush()
     folder.mkdir(parents=True)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    handler.save(epath.Path(folder), args=ocp.args.PyTreeSave(_nested(planned)))
+    handler.save(folder, args=ocp.args.PyTreeSave(_nested(planned)))
     for array in planned:
         store, waiting = _store(folder, array, create=True), None
         for i in range(array.layers or 1):
@@ -163,7 +162,7 @@ def safetensors(path: Path, tensors: dict[str, Tensor], progress: Progress) -> N
 
 
 def sharded(folder: Path, stem: str, tensors: dict[str, Tensor], limit: int, progress: Progress) -> None:
-    """The tensors in files of at most `limit` bytes, filled in this order, with an index where there are several.
+    """The tensors in files of at most `limit` bytes, filled in this order; several have an index.
 
     Source: huggingface_hub's split of a state dict, whose layout the published repositories have.
     """

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fvdm_jax import lora
 from fvdm_jax.models import dit, streaming, text, vae
 from fvdm_jax.program import Refusal, outputs
 from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
@@ -19,7 +20,8 @@ from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 class Networks:
     """The networks of a model, by their configs, as functions of its parameters.
 
-    `params` is a dict with a tree for each field, as of `load`.
+    `params` is a dict with a tree for each field, as of `load`, and "adapters", if any: pairs of
+    `lora.Adapters` and their strength.
     """
 
     dit: dit.DiTConfig
@@ -28,7 +30,8 @@ class Networks:
 
     def velocity(self, params: dict, x: Latents, timestep: Levels, text_states: TextStates) -> Latents:
         """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e]."""
-        return dit.DiT(self.dit).apply({"params": params["dit"]}, x, timestep, text_states)
+        variables = lora.variables(params["dit"], params.get("adapters", []))
+        return dit.DiT(self.dit).apply(variables, x, timestep, text_states)
 
     def read(self, params: dict, tokens: Tokens, mask: Mask) -> TextStates:
         """States [b l e] of tokens [b l]."""
@@ -89,6 +92,20 @@ def load_tree(path: Path, widen: bool = True) -> dict:
     return tree
 
 
+def load_adapters(folder: Path, params: dict) -> lora.Adapters:
+    """The adapters of a folder that `python -m convert` made of a LoRA, for the transformer `params`.
+
+    Raises Refusal where it holds none, or those of another network.
+    """
+    tree = restore_tree(folder / "adapters")
+    adapters = lora.Adapters(tree.get("low_rank", {}), tree.get("delta", {}))
+    try:
+        jax.eval_shape(lora.variables, params, [(adapters, 1.0)])
+    except ValueError as misfit:
+        raise Refusal(folder, f"does not fit the model: {misfit}", "give a LoRA of this network") from misfit
+    return adapters
+
+
 def _is_float(array: np.ndarray) -> bool:
     # numpy by itself does not count bfloat16 among the floats.
     return jnp.issubdtype(array.dtype, jnp.floating)
@@ -106,8 +123,8 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
 def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     """The networks of a folder and the parameters of those of them that `parts` names.
 
-    The folder holds `config.json`, with a config for each, and NAME.safetensors or a folder NAME. Raises Refusal where a
-    config is none, a file is not whole, or its arrays are not those of its config.
+    The folder holds `config.json`, with a config for each, and NAME.safetensors or a folder NAME.
+    Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
     """
     networks = describe(folder)
     params = {}

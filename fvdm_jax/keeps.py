@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvdm_jax import video
-from fvdm_jax.program import Refusal
+from fvdm_jax.program import Refusal, numbered
 from fvdm_jax.video import STRIDE
 
 GRAMMAR = """\
@@ -86,14 +86,11 @@ def _asked(text: str, frames: int) -> _Asked:
     if max(first, last) >= frames:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
-    path, colon, tail = file.rpartition(":")
-    try:
-        strength = float(tail) if colon else 0.0
-    except ValueError:
-        path, strength = file, 0.0
+    path, strength = numbered(file, 0.0)
     if not 0 <= strength <= 1:
-        raise Refusal(flag, f"the strength {tail} is outside 0 to 1", "0 keeps, 1 ignores, 0.3 loosens")
-    return _Asked(flag, first, last, form, Path(path if colon else file), strength)
+        what = f"the strength {file.rpartition(':')[2]} is outside 0 to 1"
+        raise Refusal(flag, what, "0 keeps, 1 ignores, 0.3 loosens")
+    return _Asked(flag, first, last, form, Path(path), strength)
 
 
 def placed(texts: Sequence[str], frames: int, fps: float) -> tuple[Keep, ...]:

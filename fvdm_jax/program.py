@@ -75,6 +75,14 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{plain(text)!r} is not a finite number; give one, such as 5 or 0.5")
 
 
+def numbered(text: str, otherwise: float) -> tuple[str, float]:
+    """Name and number of NAME[:NUMBER], cut at the last colon, if a number follows it."""
+    name, colon, tail = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return (name, float(tail)) if colon else (text, otherwise)
+    return text, otherwise
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations and whose every complaint is a Refusal.
 

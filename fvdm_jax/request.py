@@ -11,7 +11,7 @@ from pathlib import Path
 from fvdm_jax import latents
 from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
 from fvdm_jax.latents import SUFFIX
-from fvdm_jax.program import Parser, Refusal, check_output, number, plain, whole
+from fvdm_jax.program import Parser, Refusal, check_output, number, numbered, plain, whole
 from fvdm_jax.rules import RULES, SOLVERS, sides, strengths, texts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -72,6 +72,7 @@ class Request:
     debug: bool = False
     decode: Path | None = None
     tiles: tuple[int, int] = (0, 0)
+    lora: tuple[tuple[str, float], ...] = ()
     keeps: tuple[Keep, ...] = ()
 
     @property
@@ -111,7 +112,8 @@ def parse(argv: Sequence[str]) -> Request:
     given = vars(parser().parse_args(argv))
     if given["decode"]:
         return _stored(given)
-    request = Request(**given | {"keep": tuple(given["keep"]), "model": given["model"] or TINY})
+    several = {name: tuple(given[name]) for name in ("keep", "lora")}
+    request = Request(**given | several | {"model": given["model"] or TINY})
     return validate(request, defaults(request.model))
 
 
@@ -141,7 +143,7 @@ def _stored(given: dict) -> Request:
         what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
         raise Refusal(given["decode"], what, "give the model that made them with --model")
     keeps = (Keep(i, 1, Path(), "image", s) for i, s in enumerate(told["strength"]) if s < 1)
-    values = {name: told[name] for name in (*RULES, "size", "keep")}
+    values = {name: told[name] for name in (*RULES, "size", "keep")} | {"lora": told.get("lora", ())}
     request = Request(**values | {"model": model.config.parent, "keeps": tuple(keeps)} | chosen)
     _check_outputs(request)
     return request
@@ -174,6 +176,14 @@ def parser() -> Parser:
     add("--seed", type=whole, default=0, metavar="N", help="0 to 2^64 - 1; default 0")
     add("--fps", type=number, metavar="X", help="frames a second in the file")
     add("--model", type=Path, metavar="DIR", help="folder of a model; default the bundled one")
+    add(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="DIR[:STRENGTH]",
+        help="a LoRA, as a folder that `python -m convert` has made; repeatable; strength 1 if not given",
+    )
     add("--out", type=Path, default=OUT, metavar="PATH", help=".mp4 or .gif; default fvdm.mp4")
     add("--overwrite", action="store_true", help="replace files that exist")
     add(
@@ -196,6 +206,16 @@ def _bundled() -> str:
     values = (f"{name} {'x'.join(map(str, v)) if isinstance(v, list) else v}" for name, v in sampling.items())
     shown = ", ".join(value for value in values if not value.startswith(("prompt", "negative", "process")))
     return f"\nSettings of the bundled model where no flag says otherwise: {shown}.\n"
+
+
+def _lora(text: str) -> tuple[str, float]:
+    folder, strength = numbered(text, 1.0)
+    if not abs(strength) <= 100:
+        raise argparse.ArgumentTypeError(f"the strength of {plain(text)} is not from -100 to 100")
+    if not (Path(folder) / "adapters").is_dir():
+        right = f"make it: python -m convert {plain(folder)} FOLDER"
+        raise argparse.ArgumentTypeError(f"{plain(folder)} is no folder with adapters; {right}")
+    return folder, strength
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -1,16 +1,12 @@
 """Samples a video: from a prompt, from pictures and clips that are kept, or from both."""
 
-import contextlib
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import fvdm_jax
-from fvdm_jax import latents
+from fvdm_jax import latents, machine
 from fvdm_jax.explain import explain, picture
 from fvdm_jax.program import Refusal, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
@@ -60,7 +56,7 @@ def generate(request: Request, stages: Stages):
 
         from fvdm_jax import checkpoint, tasks
 
-        _keep_compiled_programs()
+        machine.keep_compiled_programs()
         networks = checkpoint.describe(request.model)
     prompts = _read(request, networks, stages)
     height, width = (side // networks.vae.spatial for side in request.size)
@@ -70,8 +66,12 @@ def generate(request: Request, stages: Stages):
     for keep, kept in _kept(request, networks, stages):
         task = task.keep(kept, keep.first, keep.strength)
     with stages("load"):
-        params = jax.device_put(checkpoint.load(request.model, ("dit",))[1])
-
+        params = checkpoint.load(request.model, ("dit",))[1]
+        params["adapters"] = [
+            (checkpoint.load_adapters(Path(folder), params["dit"]), strength)
+            for folder, strength in request.lora
+        ]
+        params = jax.device_put(params)
     noise = jax.random.normal(_key(request.seed), shape)
     inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
     program, steps = _denoiser(request, networks, params, stages)
@@ -111,7 +111,7 @@ def show(request: Request, made, stages: Stages) -> None:
 
         from fvdm_jax import checkpoint, video
 
-        _keep_compiled_programs()
+        machine.keep_compiled_programs()
         networks, params = checkpoint.load(request.model, ("vae",))
     stages.expect("decode", made.shape[1])
     frames, chosen = 1 + (made.shape[1] - 1) * networks.vae.stride, []
@@ -134,7 +134,7 @@ def show(request: Request, made, stages: Stages) -> None:
             sheet.save(drafts[1])
         device = jax.devices()[0].device_kind
         record = {"latents": str(request.latents), "seconds": stages.seconds, "device": device}
-        record = request.settings | record | {"versions": _versions()}
+        record = request.settings | record | {"versions": machine.versions()}
         drafts[2].write_text(legible(record) + "\n", "utf-8")
 
 
@@ -167,7 +167,7 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
     from fvdm_jax.models.streaming import Stream, Tiles
 
     height, width, channels = made.shape[2:]
-    asked, free = any(request.tiles), 0.9 * _free(jax.devices()[0])
+    asked, free = any(request.tiles), 0.9 * machine.free(jax.devices()[0])
     grid = Tiles(*request.tiles) if asked else Tiles(1, 1)
     if not grid.useful(height, width):
         what = f"{grid.rows}x{grid.columns} tiles of {height}x{width} latent pixels would overlap whole"
@@ -186,18 +186,6 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
     why = "" if asked else f", since whole ones do not fit in the {free / 2**30:.1f} GiB that are free"
     print(f"note: frames are decoded in {grid.rows}x{grid.columns} blended tiles{why}", file=sys.stderr)
     return decoder, grid
-
-
-def _free(device) -> float:
-    """Bytes that are free on a device; infinite where nobody says."""
-    sizes = device.memory_stats() or {}
-    if "bytes_limit" in sizes:
-        return sizes["bytes_limit"] - sizes["bytes_in_use"]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return float("inf")
 
 
 def _schedule(request: Request):
@@ -249,8 +237,8 @@ def _read(request: Request, networks, stages: Stages):
         # A converted model's manifest has the hashes of all that it was made of.
         weights = [request.model / name for name in ("text.safetensors", "manifest.json")]
         weights = fingerprint(*filter(Path.is_file, weights), *words)
-        depends = weights, dataclasses.asdict(networks.text), _versions()
-        cache = TextCache(_cache("text"), depends)
+        depends = weights, dataclasses.asdict(networks.text), machine.versions()
+        cache = TextCache(machine.cache("text"), depends)
         return tuple(cache.states(text, length, read)[None] for text in (request.prompt, request.negative))
 
 
@@ -314,29 +302,6 @@ def _run(stages: Stages, stage: str, program: Callable, *inputs):
         result = jax.block_until_ready(program(*inputs))
         jax.effects_barrier()
         return result
-
-
-def _cache(kind: str) -> Path | None:
-    """The folder of this user's cache for things of a kind; a user without a home has none."""
-    with contextlib.suppress(RuntimeError):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvdm_jax" / kind
-
-
-def _keep_compiled_programs() -> None:
-    """Compiled programs go to the user's cache, so that a second run starts at once."""
-    import jax
-
-    if not jax.config.jax_compilation_cache_dir and (folder := _cache("programs")):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    packages = ("jax", "jaxlib", "flax", "numpy", "av", "ftfy", "sentencepiece", "tokenizers")
-    ours = {"fvdm_jax": fvdm_jax.__version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in packages}
 
 
 def cli() -> None:

@@ -132,7 +132,7 @@ BAD = {
     "--keep 0=notes.txt": "--keep 0=notes.txt: the file is neither an image nor a video; give a PNG",
     "--keep 0=model": "--keep 0=model: the file is a folder",
     "--keep 0-1=a.png": "--keep 0-1=a.png: an image stands for one latent frame",
-    "--keep 0-5=short.mp4": "--keep 0-5=short.mp4: 21 frames needed at the video's rate, 9 found; 0-2 is the most it fills",
+    "--keep 0-5=short.mp4": "--keep 0-5=short.mp4: 21 frames needed at the video's rate, 9 found; 0-2 is the",
     "--keep 0=a.png --keep 0=b.jpg": "--keep 0=b.jpg: latent frame 0 is already given by --keep 0=a.png",
     "--keep 0=http://x/a.png": "the file is an address on a network",
     "--out a.avi": "--out: a.avi ends in neither .mp4 nor .gif",

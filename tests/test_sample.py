@@ -165,7 +165,7 @@ def test_tiles_are_announced(sample, monkeypatch):
 
 def test_little_memory_brings_tiles(sample, monkeypatch):
     # Room for one of the smaller tiles: what a whole frame needs is more.
-    monkeypatch.setattr("fvdm_jax.sample._free", lambda device: 1.0)
+    monkeypatch.setattr("fvdm_jax.sample.machine.free", lambda device: 1.0)
     monkeypatch.setattr("fvdm_jax.models.streaming.OVERLAP", 1)
     code, _, errors = sample("--out", "one.mp4")
     assert code == 0 and "since whole ones do not fit in the 0.0 GiB that are free" in errors

@@ -151,6 +151,16 @@ def test_a_view_of_a_large_record_takes_no_more_memory_than_itself(tmp_path):
         assert (got == right).all() and peak < got.nbytes + (2 << 20)
 
 
+def test_a_record_is_read_whole_once_and_then_only_where_it_is_wanted(tmp_path, monkeypatch):
+    path, spans = tmp_path / "a.pth", []
+    fill = torch_file.files.fill
+    path.write_bytes(cases.saved(cases.state(w=cases.tensor(offset=2, shape=(3,), strides=(1,)))))
+    (tensor,) = torch_file.read(path).values()
+    monkeypatch.setattr(torch_file.files, "fill", lambda *a: (spans.append(len(a[2])), fill(*a)))
+    assert tensor.read().tobytes() == cases.DATA[8:20] == tensor.read().tobytes()
+    assert spans == [8, 12, 4, 12]
+
+
 def mutant(seed: bytes, chance: random.Random) -> bytes:
     """The seed with one to four flips, insertions, deletions, doublings or cuts."""
     data = bytearray(seed)
