@@ -39,16 +39,20 @@ def export(folder: Path, part: str, family: Family, layout: str, progress: write
         raise Refusal("--to", f"{layout} has no place for {part} alone", "give --to official")
     place = folder / places[part]
     place.mkdir(exist_ok=True, parents=True)
-    tensors, kind = official(family), family.part
-    if layout == "diffusers":
-        tensors = _renamed(family, tensors)
-    stem, limit = _file(family, layout)
-    write.sharded(place, stem, tensors, limit, progress)
+    write.sharded(place, _file(family, layout)[0], shards(family, layout), progress)
     settings = _settings(family, layout)
     if settings:
         (place / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    if layout == "diffusers" and kind == "dit":
+    if layout == "diffusers" and family.part == "dit":
         _model_index(folder, part)
+
+
+def shards(family: Family, layout: str) -> list[dict[str, Tensor]]:
+    """The tensors of a part of a model in the files that the layout has of it."""
+    tensors = official(family)
+    if layout == "diffusers":
+        tensors = _renamed(family, tensors)
+    return write.split(tensors, _file(family, layout)[1])
 
 
 def _renamed(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

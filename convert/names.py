@@ -92,6 +92,8 @@ _RESIDUAL = {
     "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
     "shortcut": "conv_shortcut",
 }  # fmt: skip
+"""Parts of a residual block of the VAE; below, the ends and the middle of a side."""
+
 _SIDE = {
     "conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out", "middle.0": "mid_block.resnets.0",
     "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1",

@@ -21,6 +21,7 @@ from .table import plan
 from .tensors import Planned
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+BLOCK = 1 << 22
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 ABSTRACT = {part: abstract for part, (_, abstract) in checkpoint.KINDS.items()} | {"clip": clip.abstract}
 
@@ -134,9 +135,15 @@ def _inspected(path: Path, array: Planned) -> Planned:
 
 def finite(values: np.ndarray) -> bool:
     """Whether no element is NaN or infinite; bfloat16 by its bits, for which numpy is slow."""
-    if values.dtype.name == "bfloat16":
-        return not np.any((values.reshape(-1).view(np.uint16) & 0x7F80) == 0x7F80)
-    return bool(np.isfinite(values).all())
+    flat = values.reshape(-1)
+    # Piece by piece: of the largest embedding the comparison by itself would be a gigabyte.
+    for some in (flat[i : i + BLOCK] for i in range(0, flat.size, BLOCK)):
+        if values.dtype.name == "bfloat16":
+            if np.any((some.view(np.uint16) & 0x7F80) == 0x7F80):
+                return False
+        elif not np.isfinite(some).all():
+            return False
+    return True
 
 
 def _blank(values: np.ndarray) -> bool:

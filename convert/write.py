@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +42,28 @@ def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
     handler.save(folder, args=ocp.args.PyTreeSave(_nested(planned)))
     for array in planned:
         store, waiting = _store(folder, array, create=True), None
-        for i in range(array.layers or 1):
-            piece = array.piece(i)
+        for place, piece in _pieces(array):
             if waiting is not None:
                 _wait(waiting)
-            waiting = (store[i] if array.layers else store).write(piece)
+            waiting = store[place].write(piece)
             progress(piece.nbytes)
-        if waiting is not None:
-            _wait(waiting)
+        _wait(waiting)
+
+
+def _pieces(array: Planned) -> Iterator[tuple[tuple, np.ndarray]]:
+    """The array in layers, and what is no stack in the pieces it is stored in, each with its place."""
+    if array.layers:
+        for i in range(array.layers):
+            yield (i,), array.piece(i)
+        return
+    whole, steps = array.piece(0), chunks(array)
+    axis = next((i for i, (step, n) in enumerate(zip(steps, array.shape, strict=True)) if step < n), None)
+    if axis is None:
+        yield (...,), whole
+        return
+    for start in range(0, array.shape[axis], steps[axis]):
+        place = (slice(None),) * axis + (slice(start, min(start + steps[axis], array.shape[axis])),)
+        yield place, whole[place]
 
 
 def _hush() -> None:
@@ -147,22 +161,27 @@ def safetensors(path: Path, tensors: dict[str, Tensor], progress: Progress) -> N
     """
     order = [np.dtype(kind) for kind in DTYPES.values()]
     tensors = dict(sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key, tensor in tensors.items():
-        offsets = [end, end := end + tensor.bytes]
-        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header(tensors))
         for tensor in tensors.values():
             # A strided array's bytes would be those of its elements in another order: read() gives none.
             file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
             progress(tensor.bytes)
 
 
-def sharded(folder: Path, stem: str, tensors: dict[str, Tensor], limit: int, progress: Progress) -> None:
-    """The tensors in files of at most `limit` bytes, filled in this order; several have an index.
+def header(tensors: dict[str, Tensor]) -> bytes:
+    """What stands before the data of a file with these tensors, in this order."""
+    said, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, tensor in tensors.items():
+        offsets = [end, end := end + tensor.bytes]
+        said[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def split(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """The tensors in files of at most `limit` bytes, filled in this order.
 
     Source: huggingface_hub's split of a state dict, whose layout the published repositories have.
     """
@@ -174,13 +193,18 @@ def sharded(folder: Path, stem: str, tensors: dict[str, Tensor], limit: int, pro
             filled = 0
         shards[-1][key] = tensor
         filled += tensor.bytes
+    return shards
+
+
+def sharded(folder: Path, stem: str, shards: list[dict[str, Tensor]], progress: Progress) -> None:
+    """The tensors in one file each; where there are several, with an index."""
     if len(shards) == 1:
-        safetensors(folder / f"{stem}.safetensors", tensors, progress)
+        safetensors(folder / f"{stem}.safetensors", shards[0], progress)
         return
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         safetensors(folder / name, shard, progress)
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(tensor.bytes for tensor in tensors.values())
+    total = sum(tensor.bytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -69,9 +69,12 @@ def test_a_strength_scales_what_is_merged(tmp_path):
     assert near(tree(tmp_path / "half/dit"), wanted) and near(tree(tmp_path / "twice/dit"), wanted)
 
 
-@pytest.mark.parametrize(("name", "layout"), [
-    ("comfy_diffusion_model", "comfy"), ("diffsynth", "pusa"), ("peft_raw", "peft"), ("lightx2v_diffs", "comfy"),
-])  # fmt: skip
+BACK = {
+    "comfy_diffusion_model": "comfy", "lightx2v_diffs": "comfy", "diffsynth": "pusa", "peft_raw": "peft",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout"), BACK.items())
 def test_adapters_go_out_and_come_in_again(tmp_path, name, layout):
     convert(saved(tmp_path / "lora", name), tmp_path / "adapters")
     convert(tmp_path / "adapters", tmp_path / "out", "--to", layout)
