@@ -42,16 +42,26 @@ def layout(config: dit.DiTConfig) -> dict[str, Tensor]:
     }
 
 
+MEASURE = """
+import re, resource, sys
+from convert.__main__ import main
+from fvdm_jax.program import run
+
+assert run(main) == 0
+used = resource.getrusage(resource.RUSAGE_SELF)
+# Not ru_maxrss, which counts what the parent had when it made this process.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+print(used.ru_utime + used.ru_stime, peak)
+"""
+
+
 def measured(*arguments: str) -> tuple[float, float, int]:
     """Wall and CPU seconds and peak resident bytes of `python -m convert` in a process of its own."""
     began = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "convert", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    command = [sys.executable, "-c", MEASURE, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    cpu, peak = done.stdout.splitlines()[-1].split()
+    return time.perf_counter() - began, float(cpu), int(peak)
 
 
 def copied(source: Path, target: Path) -> float:

@@ -293,3 +293,29 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, source, out):
     with pytest.raises(Refusal):
         convert(source, out if out.startswith("/") else tmp_path / out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_clips_tower_comes_in_alone_and_with_its_text_tower(tmp_path):
+    """Its last layer, which Wan never runs, and the text tower are passed over."""
+    alone, config = weights("clip"), {"num_heads": 4}
+    whole = {f"visual.{key}": array for key, array in alone.items()}
+    whole |= {"textual.x": np.zeros(1, np.float32), "log_scale": np.zeros((), np.float32)}
+    for name, tensors in {"alone": alone, "whole": whole}.items():
+        convert(put(tmp_path / f"{name}-in", tensors, config), tmp_path / name)
+    found = tree(tmp_path / "alone/clip")
+    assert equal(found, tree(tmp_path / "whole/clip")) and len(found["layers/qkv/bias"]) == 3
+    with pytest.raises(Refusal, match="no place for clip"):
+        convert(tmp_path / "alone", tmp_path / "back", "--to", "diffusers")
+
+
+def test_the_embedding_that_transformers_stores_twice_is_taken_once(tmp_path):
+    convert(put(tmp_path / "in", weights("umt5")), tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "hf", "--to", "diffusers")
+    (path,) = (tmp_path / "hf/text_encoder").glob("*.safetensors")
+    tensors = load_file(path)
+    for name, changed in (
+        ("both", tensors | {"encoder.embed_tokens.weight": tensors["shared.weight"]}),
+        ("other", {k.replace("shared", "encoder.embed_tokens"): a for k, a in tensors.items()}),
+    ):
+        convert(put(tmp_path / f"{name}-in", changed), tmp_path / name)
+        assert equal(tree(tmp_path / name / "text"), tree(tmp_path / "model/text"))

@@ -22,7 +22,8 @@ NAMES = {
     "wan21_flf2v_14B": "wan_14b_flf2v", "wan22_t2v_A14B": "wan_14b", "wan22_i2v_A14B": "wan_a14b_i2v",
     "wan22_ti2v_5B": "wan_5b", "t2v14B_model.prefix": "wan_14b", "umt5_xxl_enc": "umt5_xxl",
     "vae21": "vae_2_1", "vae22": "vae_2_2", "clip": "clip_vit_h", "diffusers_t2v_1_3B": "wan_1_3b",
-    "diffusers_t2v_14B": "wan_14b", "diffusers_i2v_14B": "wan_14b_i2v", "diffusers_flf2v_14B": "wan_14b_flf2v",
+    "diffusers_t2v_14B": "wan_14b", "diffusers_i2v_14B": "wan_14b_i2v",
+    "diffusers_flf2v_14B": "wan_14b_flf2v",
     "diffusers_i2v_A14B": "wan_a14b_i2v", "diffusers_ti2v_5B": "wan_5b", "diffusers_vae21": "vae_2_1",
     "diffusers_vae22": "vae_2_2", "hf_umt5": "umt5_xxl",
 }  # fmt: skip
