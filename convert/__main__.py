@@ -1,5 +1,6 @@
 """Other people's weights into our checkpoint, and back."""
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import fvdm_jax
 from fvdm_jax.program import Parser, Refusal, folder_output, leave, plain, run
+from fvdm_jax.prompts import fingerprint
 
 EPILOG = """\
 A SOURCE is a .safetensors, .pth or .pt file, an index of shards, the folder of a model as Wan, diffusers or
@@ -28,23 +30,28 @@ OUT is there when it is whole, and not before.
 """
 
 
+LAYOUTS = ("official", "diffusers", "comfy", "pusa", "peft")
+FOR_BACK = ("source", "out", "to", "dry_run", "debug")
+
+
 def parser() -> Parser:
     """The flags of the program."""
     flags = Parser(prog="python -m convert", description=__doc__, epilog=EPILOG)
-    flags.add_argument("source", nargs="+", metavar="SOURCE", help="what to read")
-    flags.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     flags.add_argument(
-        "--as", dest="said", metavar="FAMILY", help="what the network is, whatever it looks like"
+        "source", nargs="+", metavar="SOURCE", help="what to read; of two experts high=FILE low=FILE"
+    )
+    flags.add_argument("out", metavar="OUT", type=Path, help="the folder to make, right after the sources")
+    flags.add_argument(
+        "--as", dest="said", metavar="FAMILY", help="what it is, such as wan_14b, whatever it looks like"
     )
     flags.add_argument("--config", type=Path, metavar="FILE", help="the config.json of the network")
     flags.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="round weights to this type"
     )
-    flags.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="merge this LoRA"
-    )
+    loras = "merge this LoRA into the transformer, or into one expert: high=FILE, low=FILE; repeatable"
+    flags.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=loras)
     layouts = "the other way: official or diffusers; of a LoRA comfy, pusa or peft"
-    flags.add_argument("--to", metavar="LAYOUT", help=layouts)
+    flags.add_argument("--to", choices=LAYOUTS, metavar="LAYOUT", help=layouts)
     flags.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     flags.add_argument("--verify", action="store_true", help="read OUT again and compare it with SOURCE")
     return flags
@@ -53,99 +60,152 @@ def parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Converts what `argv` says."""
     given = parser().parse_args(argv)
-    from . import sources
+    try:
+        _check(given, vars(parser().parse_args(["SOURCE", "OUT"])))
+        if given.to:
+            _back(given)
+        else:
+            _convert(given)
+    except OSError as failure:
+        if failure.errno != errno.ENAMETOOLONG:
+            raise
+        raise Refusal(plain(failure.filename), "is too long a name", "give a shorter one") from failure
 
-    found = [] if given.to else [sources.find(_local(name)) for name in given.source]
-    # What is no whole file has been refused before jax is imported.
+
+def _check(given, unset: dict) -> None:
+    """Raises Refusal for what can be told to be wrong without reading a source."""
+    if "" in given.source or not given.out.name:
+        raise Refusal("SOURCE or OUT", "is empty", "give a name")
+    if given.to:
+        late = [name for name, value in vars(given).items() if value != unset[name] and name not in FOR_BACK]
+        if late:
+            raise Refusal(f"--{late[0].replace('said', 'as')}", "has no effect with --to", "leave it out")
+        if len(given.source) > 1:
+            raise Refusal("--to", f"takes one source, not {len(given.source)}", "give one of our folders")
+    if given.config and not given.config.is_file():
+        raise Refusal("--config", f"{given.config} is no file", "give the config.json of the network")
+    parent = Path(os.path.realpath(given.out)).parent
+    if not parent.is_dir():
+        raise Refusal(given.out, f"has no folder to lie in: {parent} is none", "make it first")
+
+
+def _back(given) -> None:
     from . import jobs
 
-    if given.to:
-        jobs.give_back(given)
+    job = jobs.give_back(Path(given.source[0]), given.to)
+    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+        raise Refusal(given.out, "exists", "give a name that is free")
+    print(*job.lines, sep="\n", end="\n" if job.lines else "")
+    if given.dry_run:
         return
-    files = [file for source in found for part in source.parts for file in part.files]
-    if given.dry_run or not _complete(given, files):
-        job = jobs.plan(given, found)
-        for line in job.lines:
-            print(line)
-        if given.dry_run:
-            return
-        _make(given, job, files)
-    elif given.verify:
-        job = jobs.plan(given, found)
-    if given.verify:
+    _check_room(given.out, job.bytes)
+    began = time.perf_counter()
+    with folder_output(given.out) as draft, _bar("convert", job.bytes) as progress:
+        job.fill(draft, progress)
+    print(_told(given.out, job.bytes, time.perf_counter() - began))
+
+
+def _convert(given) -> None:
+    from . import sources
+
+    found = [sources.find(*_local(name)) for name in given.source]
+    # What is no whole file has been refused before jax is imported.
+    from . import jobs
+    from . import merges as loras
+
+    merges = [loras.asked(text) for text in given.lora]
+    parts = [part for source in found for part in source.parts] + [merge.part for merge in merges]
+    job = jobs.plan(given, found, merges)
+    merged = [[merge.goal, merge.strength] for merge in merges]
+    made = {
+        "options": {"as": given.said, "dtype": given.dtype, "merged": merged},
+        "version": fvdm_jax.__version__,
+    }
+    files = [file for part in parts for file in part.files]
+    complete = _complete(given.out, job.config, made["options"], files)
+    if not complete:
+        print(*job.lines, sep="\n")
+        if not given.dry_run:
+            _make(given.out, job, job.manifest | made, files)
+    if given.verify and not given.dry_run:
         with _bar("verify", job.bytes) as progress:
             job.check(given.out, progress)
-        print(f"verified {given.out}: every array is what {', '.join(given.source)} has")
+        print(f"verified {given.out}: every array is what was read and asked for")
 
 
-def _local(name: str) -> Path:
+def _local(name: str) -> tuple[Path, str]:
+    """The path of a source, and "high" or "low" where it is said to be one of two experts."""
+    expert, equals, rest = name.partition("=")
+    expert, name = (expert, rest) if equals and expert in ("high", "low") else ("", name)
+    if not name.startswith("hf:"):
+        return Path(name), expert
     from . import hub
 
-    return hub.folder(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    return hub.folder(name.removeprefix("hf:")), expert
 
 
-def _make(given, job, files: list[Path]) -> None:
+def _make(out: Path, job, manifest: dict, files: list[Path]) -> None:
     """Fills OUT, with a bar, and says what was done."""
-    _check_room(given.out, job.bytes)
+    _check_room(out, job.bytes)
     began, stop = time.perf_counter(), threading.Event()
-    with ThreadPoolExecutor(1) as pool, folder_output(given.out) as draft:
+    with ThreadPoolExecutor(1) as pool, folder_output(out) as draft:
         try:
             digests = pool.submit(lambda: [_digest(file, stop) for file in files])
             with _bar("convert", job.bytes) as progress:
                 job.fill(draft, progress)
-            manifest = job.manifest | {"options": _options(given), "sources": digests.result()}
-            manifest["version"] = fvdm_jax.__version__
+            manifest["sources"] = digests.result()
             (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         finally:
             stop.set()
-    seconds = time.perf_counter() - began
-    for digest in manifest["sources"]:
-        print(f"read {digest['name']}  {digest['size']:,} bytes  sha256 {digest['sha256']}")
-    size = job.bytes / 1e9
-    print(f"wrote {given.out}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
+    for file, digest in zip(files, manifest["sources"], strict=True):
+        print(f"read {file}  {digest['size']:,} bytes  sha256 {digest['sha256']}")
+    print(_told(out, job.bytes, time.perf_counter() - began))
 
 
-def _options(given) -> dict:
-    return {"as": given.said, "dtype": given.dtype, "lora": [Path(name).name for name in given.lora]}
+def _told(out: Path, size: int, seconds: float) -> str:
+    return f"wrote {out}: {size / 1e6:,.1f} MB in {seconds:.1f} s, {size / 1e9 / seconds:.2f} GB/s"
 
 
-def _complete(given, files: list[Path]) -> bool:
-    """Whether OUT has been made of these files. Raises Refusal where it is something else."""
-    if not given.out.exists() or given.out.is_dir() and not any(given.out.iterdir()):
+def _complete(out: Path, config: dict, options: dict, files: list[Path]) -> bool:
+    """Whether OUT has been made of these files in this way. Raises Refusal where it is something else."""
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     try:
-        manifest = json.loads((given.out / "manifest.json").read_text("utf-8"))
-        made = [(source["name"], source["size"]) for source in manifest["sources"]], manifest["options"]
-    except (OSError, ValueError, KeyError, TypeError) as broken:
-        raise Refusal(
-            given.out, "exists and is no checkpoint of ours", "give a name that is free"
-        ) from broken
-    if made != ([(file.name, file.stat().st_size) for file in files], _options(given)):
-        raise Refusal(given.out, "has been made of something else", "give a name that is free")
-    print(f"{given.out} is complete, made of {', '.join(name for name, _ in made[0])}; nothing to do")
+        manifest, said = (
+            json.loads((out / name).read_text("utf-8")) for name in ("manifest.json", "config.json")
+        )
+        made = [{key: source[key] for key in ("name", "size", "sampled")} for source in manifest["sources"]]
+        made = made, manifest["options"], said
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+        raise Refusal(out, "exists and is no checkpoint of ours", "give a name that is free") from broken
+    if made != ([_sampled(file) for file in files], options, json.loads(json.dumps(config))):
+        raise Refusal(out, "has been made of something else, or otherwise", "give a name that is free")
+    print(f"{out} is complete, made of {', '.join(map(str, files))}; nothing to do")
     return True
 
 
+def _sampled(file: Path) -> dict:
+    """What tells a file from others without reading all of it: its name, size, and bytes from all over it."""
+    return {"name": file.name, "size": file.stat().st_size, "sampled": fingerprint(file, dated=False)}
+
+
 def _check_room(out: Path, needed: int) -> None:
-    """Raises Refusal unless there is a folder for OUT with so many bytes free."""
+    """Raises Refusal unless so many bytes are free where OUT is to be."""
     parent = Path(os.path.realpath(out)).parent
-    if not parent.is_dir():
-        raise Refusal(out, f"has no folder to lie in: {parent} is none", "make it first")
     free = shutil.disk_usage(parent).free
     if free < needed + (16 << 20):
-        what = f"needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in {plain(parent)}"
+        what = f"needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free in {plain(parent)}"
         raise Refusal(out, what, "free some space, or give a place on another disk")
 
 
 def _digest(file: Path, stop: threading.Event) -> dict:
-    """Name, size and sha256 of a file; unfinished where `stop` is set."""
-    found, size = hashlib.sha256(), 0
+    """`_sampled` and the sha256 of a file; unfinished where `stop` is set."""
+    found = hashlib.sha256()
     with open(file, "rb", buffering=0) as opened:
         buffer = bytearray(1 << 22)
         while (count := opened.readinto(buffer)) and not stop.is_set():
             found.update(memoryview(buffer)[:count])
-            size += count
-    return {"name": file.name, "size": size, "sha256": found.hexdigest()}
+    return _sampled(file) | {"sha256": found.hexdigest()}
 
 
 @contextmanager

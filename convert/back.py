@@ -21,6 +21,9 @@ DIFFUSERS = {
 }  # fmt: skip
 """Folder of each part of a model in either layout."""
 
+BOUNDARIES = {False: 0.875, True: 0.9}
+"""Level at which A14B's low-noise expert takes over: of text-to-video, and of image-to-video."""
+
 _WHOLE = 10**12
 
 
@@ -43,8 +46,6 @@ def export(folder: Path, part: str, family: Family, layout: str, progress: write
     settings = _settings(family, layout)
     if settings:
         (place / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    if layout == "diffusers" and family.part == "dit":
-        _model_index(folder, part)
 
 
 def shards(family: Family, layout: str) -> list[dict[str, Tensor]]:
@@ -138,9 +139,19 @@ def _settings(family: Family, layout: str) -> dict:
     return own
 
 
-def _model_index(folder: Path, part: str) -> None:
-    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    index |= {"vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"]}
-    if part != "dit":
-        index["transformer_2"] = index["transformer"]
+def write_model_index(folder: Path, parts: dict[str, Family]) -> None:
+    """The model_index.json of what is in the folder: which pipeline runs it, and how."""
+    size = next((family.config for name, family in parts.items() if name.startswith("dit")), None)
+    image = size is not None and size.channels_in > size.channels_out
+    classes = {
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+    }  # fmt: skip
+    index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
+    index |= {DIFFUSERS[name]: classes[DIFFUSERS[name]] for name in parts}
+    if "dit_low" in parts:
+        index["boundary_ratio"] = BOUNDARIES[image]
+    if size is not None and size.channels_out == 48:
+        index["expand_timesteps"] = True
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

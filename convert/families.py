@@ -4,11 +4,13 @@ import dataclasses
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from fvdm_jax.models import clip, dit, text, vae
 from fvdm_jax.program import Refusal, plain
 
 from . import names, wan
-from .quantised import widened
+from .quantised import MARKER, WIDE, widened
 from .sources import Part
 from .table import Rule
 from .tensors import Tensor
@@ -63,12 +65,15 @@ class Family(NamedTuple):
         return {} if patch is None else {"p": patch, "q": patch}
 
 
-def recognise(part: Part, said: str | None = None) -> Family:
-    """The family of a part; `said` is a name of SIZES that overrides what its tensors and its config say.
+def recognise(part: Part, said: str | None = None, wide: np.dtype = WIDE) -> Family:
+    """The family of a part; `said`, a name of SIZES, overrides what its tensors and its config say.
 
-    Raises Refusal where it is none that is known, or where its size cannot be told.
+    Eight-bit weights are taken as `wide`. Raises Refusal where it is none that is known, or of no size that
+    can be told.
     """
-    tensors = _bare(widened(part.path, part.tensors))
+    tensors = widened(part.path, _bare(part.tensors), wide)
+    if empty := [key for key, tensor in tensors.items() if 0 in tensor.shape]:
+        raise Refusal(part.path, f"has nothing in {plain(empty[0], 200)}", "copy it again")
     kinds = [kind for kind, marks in _MARKS.items() if any(mark in tensors for mark in marks)]
     if said:
         kinds = [SIZES[said][0]]
@@ -80,9 +85,12 @@ def recognise(part: Part, said: str | None = None) -> Family:
     read = {"dit": _dit, "vae": _vae, "text": _text, "clip": _clip}[kind]
     try:
         config, whose, official = read(part, tensors)
-    except (KeyError, IndexError, AttributeError) as absent:
-        what = f"lacks {plain(absent.args[0], 200)} of a {kind}, or it has another shape"
+    except KeyError as absent:
+        what = f"lacks {plain(absent.args[0], 200)} of a {kind}"
         raise Refusal(part.path, what, "give the whole network") from absent
+    except (ValueError, IndexError, ZeroDivisionError) as odd:
+        what = f"has tensors of shapes that no {kind} has"
+        raise Refusal(part.path, what, "give the file of such a network") from odd
     name = next((n for n, (k, published) in SIZES.items() if k == kind and published == config), "")
     if said:
         name, config = said, SIZES[said][1]
@@ -92,23 +100,48 @@ def recognise(part: Part, said: str | None = None) -> Family:
 def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the prefix that all of them carry, if they carry one."""
     for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) for key in tensors):
+        if tensors and all(key.startswith(prefix) or key == MARKER for key in tensors):
             return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return tensors
 
 
 def _depth(tensors: dict, pattern: str) -> int:
-    return 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=-1)
+    """How many layers there are. Raises KeyError where they are numbered beyond what there can be."""
+    depth = 1 + max((int(m[1]) for key in tensors if (m := re.match(pattern, key))), default=-1)
+    if depth > len(tensors):
+        raise KeyError(f"most of {depth} layers")
+    return depth
+
+
+def _count(part: Part, name: str, otherwise: int | None) -> int | None:
+    """A number of the part's config. Raises Refusal where it is no whole number above 0."""
+    value = part.config.get(name, otherwise)
+    if value is not None and (type(value) is not int or not 0 < value <= 1_000_000):
+        what = f"whose config has {name} {plain(value, 80)}"
+        raise Refusal(part.path, what, "a whole number above 0 is wanted")
+    return value
+
+
+def _statistics(part: Part, name: str, published: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """The mean or spread of each latent channel. Raises Refusal where the config's is no such list."""
+    values = part.config.get(f"latents_{name}", list(published))
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e6 for v in values)
+    if not numbers or len(values) != channels:
+        what = f"has {channels} latent channels, whose {name} is not known"
+        right = "give its config.json, with latents_mean and latents_std, with --config"
+        raise Refusal(part.path, what, right)
+    return tuple(map(float, values))
 
 
 def _dit(part: Part, tensors: dict) -> tuple:
     whose = "diffusers" if "proj_out.weight" in tensors else "official"
     if whose == "diffusers":
-        tensors = {names.official(key): tensor for key, tensor in tensors.items()}
+        tensors = {_official(key): tensor for key, tensor in tensors.items()}
     width = tensors["head.modulation"].shape[-1]
     image, positions = tensors.get("img_emb.proj.0.bias"), tensors.get("img_emb.emb_pos")
-    said = part.config
-    heads = said.get("num_heads", said.get("num_attention_heads"))
+    heads = _count(part, "num_heads", _count(part, "num_attention_heads", None))
+    if heads is not None and width % heads:
+        raise Refusal(part.path, f"has width {width}, and its config {heads} heads", "give its own config")
     if heads is None and width % HEAD:
         what = f"has width {width}, from which the number of heads cannot be told"
         raise Refusal(part.path, what, "give its config.json with --config")
@@ -123,11 +156,19 @@ def _dit(part: Part, tensors: dict) -> tuple:
         image_width=image.shape[0] if image else 0,
         image_tokens=positions.shape[1] if positions else 0,
     )
-    wanted = said.get("num_layers", _published_layers(config))
+    wanted = _count(part, "num_layers", _published_layers(config))
     if config.layers != wanted:
         what = f"has {config.layers} layers, and a network of this kind has {wanted}"
         raise Refusal(part.path, what, "copy it again, or give its config.json with --config")
     return config, whose, tensors
+
+
+def _official(key: str) -> str:
+    """The official key of diffusers' key; an unknown one as it is, to be named as without a rule."""
+    try:
+        return names.official(key)
+    except KeyError:
+        return key
 
 
 def _published_layers(config: dit.DiTConfig) -> int:
@@ -144,14 +185,7 @@ def _vae(part: Part, tensors: dict) -> tuple:
     width, colours = tensors[f"{first}.weight"].shape[:2]
     published = vae.SIZES["wan_2_2" if colours > 3 else "wan_2_1"]
     widest, latent = tensors[f"{last}.weight"].shape[:2]
-    mean, std = (
-        tuple(part.config.get(f"latents_{name}", getattr(published, name))) for name in ("mean", "std")
-    )
-    if len(mean) != latent or len(std) != latent:
-        what = f"has {latent} latent channels, whose mean and spread are not known"
-        raise Refusal(
-            part.path, what, "give its config.json, with latents_mean and latents_std, with --config"
-        )
+    mean, std = (_statistics(part, name, getattr(published, name), latent) for name in ("mean", "std"))
     decoder = widest // published.multipliers[-1]
     config = dataclasses.replace(
         published, width=width, decoder_width=decoder, latent=latent, mean=mean, std=std
@@ -183,7 +217,7 @@ def _text(part: Part, tensors: dict) -> tuple:
         head_width=tensors["blocks.0.attn.q.weight"].shape[0] // heads,
         ffn=tensors["blocks.0.ffn.fc1.weight"].shape[0],
         layers=_depth(tensors, r"blocks\.(\d+)\."),
-        length=part.config.get("text_len", 512),
+        length=_count(part, "text_len", 512),
     )
     return config, whose, tensors
 
@@ -194,10 +228,12 @@ def _clip(part: Part, tensors: dict) -> tuple:
         tensors = {f"visual.{key}": tensor for key, tensor in tensors.items()}
     width, _, patch, _ = tensors["visual.patch_embedding.weight"].shape
     side = round((tensors["visual.pos_embedding"].shape[1] - 1) ** 0.5)
-    heads = part.config.get("num_heads", 16 if width == 1280 else None)
+    # Beside it may lie the config of the transformer that it belongs to.
+    own = _count(part, "num_heads", None) if part.config.get("dim") == width else None
+    heads = own or (16 if width == clip.CLIPConfig.width else None)
     if heads is None:
         what = f"has width {width}, from which the number of heads cannot be told"
-        raise Refusal(part.path, what, "give a config with num_heads with --config")
+        raise Refusal(part.path, what, "give a config with dim and num_heads with --config")
     config = clip.CLIPConfig(
         image=side * patch,
         patch=patch,
@@ -206,4 +242,10 @@ def _clip(part: Part, tensors: dict) -> tuple:
         ffn=tensors["visual.transformer.0.mlp.0.bias"].shape[0],
         layers=_depth(tensors, r"visual\.transformer\.(\d+)\."),
     )
+    published = clip.CLIPConfig()
+    if width == published.width and config.layers != published.layers:
+        what = f"has {config.layers} layers, and the published tower {published.layers}"
+        raise Refusal(
+            part.path, what, "give the original file: what convert writes lacks what Wan never runs"
+        )
     return config, "official", tensors

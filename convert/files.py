@@ -14,6 +14,8 @@ from fvdm_jax.program import Refusal
 CHUNK = 16 << 20
 
 _KINDS = (
+    (b"\x89PNG", "is a picture, not weights", "give a .safetensors or .pth file"),
+    (b"\xff\xd8\xff", "is a picture, not weights", "give a .safetensors or .pth file"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "fetch it with git lfs pull"),
     (b"<!doctype", "is a web page", "download the file itself"),
     (b"<html", "is a web page", "download the file itself"),
@@ -71,6 +73,8 @@ def look(path: Path) -> bytes:
     head = bytes(read_bytes(path, 0, min(size_of(path), 512)))
     if not head:
         raise Refusal(path, "is empty", "copy it again")
+    if head[4:8] == b"ftyp":
+        raise Refusal(path, "is a video, not weights", "give a .safetensors or .pth file")
     # A safetensors file may begin with the same bytes: the length of its header.
     if head[0] == 0x80 and head[1:2] in b"\2\3\4\5" and head[8:9] != b"{":
         raise Refusal(path, "is a bare pickle, which can run code and is not read", "save it as safetensors")

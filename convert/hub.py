@@ -21,7 +21,9 @@ def folder(repository: str) -> Path:
     wanted = {"repo_id": name, "revision": revision or None, "allow_patterns": list(WANTED)}
     try:
         try:
-            return Path(snapshot_download(**wanted, local_files_only=True))
+            here = Path(snapshot_download(**wanted, local_files_only=True))
+            broken_off = list((here.parent.parent / "blobs").glob("*.incomplete"))
+            return Path(snapshot_download(**wanted)) if broken_off else here
         except LocalEntryNotFoundError:
             return Path(snapshot_download(**wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:

@@ -188,7 +188,7 @@ class _Scales(NamedTuple):
         if not isinstance(patterns, dict) or any(re.search(r"[^\w.^]", name) for name in patterns):
             raise Refusal(self.file, "has an alpha_pattern that cannot be read", "write names of modules")
         fitting = [a for name, a in patterns.items() if f".{module}".endswith(f".{name.lstrip('^')}")]
-        alpha = fitting[0] if fitting else self.config.get("lora_alpha", rank)
+        alpha = fitting[0] if fitting else self.config.get("lora_alpha", rank if not self.config else None)
         _check_alpha(alpha, self.file, "lora_alpha")
         return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
 

@@ -1,7 +1,6 @@
 """What a conversion will do, known from headers alone: the networks found and the arrays they become."""
 
 import dataclasses
-import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from fvdm_jax import checkpoint
 from fvdm_jax.models import clip
 from fvdm_jax.program import Refusal, plain
 
-from . import dialects, families, write
+from . import dialects, families, sources, write
+from .quantised import WIDE
 from .sources import Part, Source
 from .table import plan
 from .tensors import Planned
@@ -44,28 +44,31 @@ class Network(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a user says of a conversion: --as, --config and --dtype."""
+    """What a user says of networks: --as, --config, and what eight-bit weights are to be when read."""
 
     said: str | None = None
     config: dict | None = None
-    dtype: str | None = None
+    wide: np.dtype = WIDE
 
 
-def networks(sources: list[Source], options: Options) -> list[Network]:
+def networks(found_in: list[Source], options: Options) -> list[Network]:
     """The networks of the sources, each by its name in our checkpoint, checked against our networks' shapes.
 
     Raises Refusal, named for the file, for a tensor without a rule, a rule without a tensor, a shape that is
     not our network's, or two networks of one name.
     """
     found: dict[str, Network] = {}
-    for part in (part for source in sources for part in source.parts):
+    for part in (part for source in found_in for part in source.parts):
         network = _network(part, options)
         if network.name in found:
             other = found[network.name].source.path
             raise Refusal(part.path, f"is a second {network.name}, beside {other}", "give one of them")
         found[network.name] = network
+    if "dit" in found and "dit_low" in found and found["dit"].source.path.parent.name == "transformer":
+        found["dit_high"] = found.pop("dit")._replace(name="dit_high")
     if "dit" in found and {"dit_high", "dit_low"} & found.keys():
-        raise Refusal(found["dit"].source.path, "is a third transformer beside two experts", "give two")
+        what = "is a transformer beside one that is an expert"
+        raise Refusal(found["dit"].source.path, what, "say which is which: high=FILE low=FILE")
     return list(found.values())
 
 
@@ -76,7 +79,7 @@ def _network(part: Part, options: Options) -> Network:
         )
     if options.config:
         part = part._replace(config=options.config)
-    family = families.recognise(part, options.said)
+    family = families.recognise(part, options.said, options.wide)
     try:
         arrays = plan(family.rules, family.tensors, **family.sizes)
     except KeyError as misfit:
@@ -87,7 +90,7 @@ def _network(part: Part, options: Options) -> Network:
         what = f"has {odd[0].dtype} for {odd[0].path}, which are no weights"
         raise Refusal(part.path, what, "give weights of 8, 16 or 32 bits")
     name = f"dit_{part.expert}" if part.expert and family.part == "dit" else family.part
-    return Network(name, family, [_inspected(part.path, _cast(a, options.dtype)) for a in arrays], part)
+    return Network(name, family, [inspected(part.path, array) for array in arrays], part)
 
 
 def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) -> None:
@@ -101,21 +104,28 @@ def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) ->
             raise Refusal(path, what, "copy it again, or say with --as or --config which network it is")
 
 
-def _cast(array: Planned, dtype: str | None) -> Planned:
-    """The array with elements of another type, rounded once; as they are for None."""
-    if dtype is None or array.dtype == DTYPES[dtype]:
+def cast(array: Planned, dtype: str) -> Planned:
+    """The array with elements of another type, rounded once. It warns of overflow."""
+    kind = np.dtype(DTYPES.get(dtype, dtype))
+    if array.dtype == kind:
         return array
-    kind = np.dtype(DTYPES[dtype])
 
     def piece(i: int) -> np.ndarray:
+        values = array.piece(i)
         with np.errstate(over="ignore"):
-            return array.piece(i).astype(kind)
+            rounded = values.astype(kind)
+        if finite(values) and not finite(rounded):
+            print(f"note: {array.path} holds numbers too large for {dtype}", flush=True)
+        return rounded
 
     return array._replace(dtype=kind, piece=piece)
 
 
-def _inspected(path: Path, array: Planned) -> Planned:
-    """The array, which warns of what no training makes when it is read, and refuses mislabelled bytes."""
+def inspected(path: Path, array: Planned, blank: bool = True) -> Planned:
+    """The array, which warns when it is read of what no training makes, and refuses mislabelled bytes.
+
+    With `blank` it also warns of kernels that are all 0.
+    """
     said = set()
 
     def piece(i: int) -> np.ndarray:
@@ -124,7 +134,10 @@ def _inspected(path: Path, array: Planned) -> Planned:
         if _mislabelled(values):
             what = f"has bfloat16 bytes labelled float16: {where} is around 1 everywhere"
             raise Refusal(path, what, "save it again with its true type")
-        for what, odd in (("holds NaN or infinity", not finite(values)), ("is all 0", _blank(values))):
+        for what, odd in (
+            ("holds NaN or infinity", not finite(values)),
+            ("is all 0", blank and _blank(values)),
+        ):
             if odd and (where, what) not in said:
                 said.add((where, what))
                 print(f"note: {plain(path)}: {where} {what}", flush=True)
@@ -179,21 +192,31 @@ def config(networks: list[Network]) -> dict:
     return said | {"sampling": SAMPLING | OWN.get(family, {})}
 
 
+def _size(part: str, fields: dict):
+    """The config of a part of ours, of its fields in config.json."""
+    kind = checkpoint.KINDS[part][0] if part in checkpoint.KINDS else clip.CLIPConfig
+    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+
+
 def opened(folder: Path) -> list[Network]:
-    """The networks of one of our own checkpoints, as `networks` has those of others."""
-    try:
-        said = json.loads((folder / "config.json").read_text("utf-8"))
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        kinds = {name: manifest["networks"][name] for name in manifest["networks"]}
-    except (OSError, ValueError, KeyError, TypeError) as broken:
-        raise Refusal(folder, "is no checkpoint of ours", "give a folder that convert has made") from broken
+    """The networks of one of our own checkpoints, as `networks` has those of others.
+
+    Raises Refusal where it is none, or not whole.
+    """
+    said, manifest = (sources.settings(folder / name) for name in ("config.json", "manifest.json"))
     result = []
+    try:
+        kinds = {name: str(kind["family"]) for name, kind in manifest["networks"].items()}
+        sizes = {name: _size(name.split("_")[0], said[name]) for name in kinds}
+    except (KeyError, TypeError, AttributeError) as broken:
+        raise Refusal(folder, "is no checkpoint of ours", "give a folder that convert has made") from broken
     for name, kind in kinds.items():
-        part = name.split("_")[0]
-        sizes = {key: tuple(v) if isinstance(v, list) else v for key, v in said[name].items()}
-        size = (checkpoint.KINDS[part][0] if part in checkpoint.KINDS else clip.CLIPConfig)(**sizes)
+        part, size = name.split("_")[0], sizes[name]
+        if not (folder / name).is_dir():
+            raise Refusal(folder, f"lacks {name}, which its manifest.json lists", "convert it again")
         arrays = write.stored(folder / name)
-        family = families.Family(part, kind["family"], size, "our", arrays)
+        family = families.Family(part, kind, size, "our", arrays)
+        _check_shapes(folder / name, family, list(arrays.values()))
         source = Part(folder / name, arrays, (), {}, {}, name.partition("_")[2])
         result.append(Network(name, family, list(arrays.values()), source))
     return result

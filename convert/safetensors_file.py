@@ -5,6 +5,7 @@ README of safetensors.
 """
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +51,7 @@ def _parsed(path: Path, raw: bytes) -> dict:
     def once(pairs):
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
             raise Refusal(path, f"has the key {plain(twice, 80)} twice", "save it again")
         return found
 

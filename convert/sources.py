@@ -40,10 +40,18 @@ class Source(NamedTuple):
     tokenizer: Path | None = None
 
 
-def find(path: Path) -> Source:
-    """What lies at `path`; only headers are read. Raises Refusal, named for the file."""
+def find(path: Path, expert: str = "") -> Source:
+    """What lies at `path`; only headers are read. Raises Refusal, named for the file.
+
+    With an `expert`, "high" or "low", all of it is of that one of Wan2.2's two.
+    """
+    if expert:
+        source = find(path)
+        return source._replace(parts=[part._replace(expert=expert) for part in source.parts])
     if not path.is_dir():
         return Source([_part(path)])
+    if (path / "manifest.json").is_file() and (path / "config.json").is_file():
+        raise Refusal(path, "is a checkpoint of ours already", "give what it was made of, or --to a layout")
     inside = [path / name for name in dict.fromkeys((*DIFFUSERS, *EXPERTS))]
     folders = [path, *(folder for folder in inside if folder.is_dir())]
     if (path / "checkpoint" / DEEPSPEED).is_file():
@@ -83,7 +91,8 @@ def _part(path: Path) -> Part:
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and metadata of a file, whose content says what it is."""
-    if files.look(path).startswith(b"PK"):
+    head = files.look(path)
+    if head.startswith(b"PK\3\4"):
         return torch_file.read(path), {}
     return safetensors_file.read(path)
 

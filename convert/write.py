@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from fvdm_jax.program import Refusal
+
 from .tensors import DTYPES, Planned, Tensor
 
 CHUNK = 64 << 20
 """Bytes of the largest piece of an array that is stored, and so read, as one."""
+
+SMALL = 1 << 20
+"""Bytes of an array up to which it is one piece, stack or not."""
 
 NAMES = {np.dtype(kind): name for name, kind in DTYPES.items()}
 Progress = Callable[[int], None]
@@ -19,7 +24,7 @@ Progress = Callable[[int], None]
 def chunks(array: Planned) -> list[int]:
     """The shape of the stored pieces of an array: of one layer, and cut along the longest axis to CHUNK."""
     shape = list(array.shape)
-    if array.layers:
+    if array.layers and array.bytes > SMALL:
         shape[0] = 1
     size = int(np.prod(shape, dtype=np.int64)) * array.dtype.itemsize
     if size > CHUNK:
@@ -52,11 +57,11 @@ def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
 
 def _pieces(array: Planned) -> Iterator[tuple[tuple, np.ndarray]]:
     """The array in layers, and what is no stack in the pieces it is stored in, each with its place."""
-    if array.layers:
+    if array.layers and array.bytes > SMALL:
         for i in range(array.layers):
             yield (i,), array.piece(i)
         return
-    whole, steps = array.piece(0), chunks(array)
+    whole, steps = array.whole(), chunks(array)
     axis = next((i for i, (step, n) in enumerate(zip(steps, array.shape, strict=True)) if step < n), None)
     if axis is None:
         yield (...,), whole
@@ -97,7 +102,25 @@ def _store(folder: Path, array: Planned, create: bool):
             "compressor": None, "filters": None, "fill_value": None, "order": "C", "dimension_separator": ".",
         }  # fmt: skip
         return _wait(tensorstore.open(spec, create=True, delete_existing=True))
-    return _wait(tensorstore.open(spec, open=True))
+    return _opened(folder, spec)
+
+
+def _opened(folder: Path, spec: dict):
+    """An array that is there whole. Raises Refusal, named for the folder, where it is not."""
+    import tensorstore
+
+    try:
+        # What is missing is damage, not zeros.
+        return _wait(tensorstore.open(spec | {"fill_missing_data_reads": False}, open=True))
+    except ValueError as failure:
+        raise Refusal(folder, f"is damaged: {str(failure)[:300]}", "convert it again") from failure
+
+
+def _read(folder: Path, store, place: tuple) -> np.ndarray:
+    try:
+        return _wait(store[place].read())
+    except ValueError as failure:
+        raise Refusal(folder, f"is damaged: {str(failure)[:300]}", "convert it again") from failure
 
 
 def _wait(future):
@@ -116,30 +139,33 @@ def different(folder: Path, planned: list[Planned], progress: Progress) -> str |
         store = _store(folder, array, create=False)
         if (tuple(store.shape), store.dtype.numpy_dtype) != (array.shape, array.dtype):
             return array.path
-        for i in range(array.layers or 1):
-            wanted = array.piece(i)
-            found = _wait((store[i] if array.layers else store).read())
-            if found.tobytes() != wanted.tobytes():
-                return f"{array.path} at {i}" if array.layers else array.path
+        for place, wanted in _pieces(array):
+            if not _same(_read(folder, store, place), wanted):
+                return array.path
             progress(wanted.nbytes)
     return None
 
 
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are equal to the bit, NaNs too."""
+    first, second = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    steps = range(0, max(first.size, second.size), CHUNK)
+    return all(np.array_equal(first[i : i + CHUNK], second[i : i + CHUNK]) for i in steps)
+
+
 def stored(folder: Path) -> dict[str, Planned]:
     """The arrays of a folder that `tree` wrote, by path, to be read layer by layer."""
-    import tensorstore
-
     found = {}
     for place in sorted(folder.iterdir()):
         if not place.is_dir():
             continue
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{place}/"}}
-        store = _wait(tensorstore.open(spec, open=True))
+        store = _opened(folder, spec)
         path, shape = place.name.replace(".", "/"), tuple(store.shape)
         layers = shape[0] if path.startswith(STACKS) else None
 
         def piece(i: int, store=store, layers=layers) -> np.ndarray:
-            return _wait((store[i] if layers else store).read())
+            return _read(folder, store, (i,) if layers else (...,))
 
         found[path] = Planned(path, store.dtype.numpy_dtype, shape, layers, piece)
     return found

@@ -14,8 +14,8 @@ SAMPLES, BLOCK = 256, 4096
 """How many places of a file of weights are looked at for its fingerprint, and how many bytes at each."""
 
 
-def fingerprint(*paths: Path) -> str:
-    """A hash of each file's size, time, first 64 KiB, where its tensors are named, and blocks all over it.
+def fingerprint(*paths: Path, dated: bool = True) -> str:
+    """A hash of each file's size, time (if `dated`), first 64 KiB, where tensors are named, and more blocks.
 
     Reading 11 GB of weights to find that a prompt is known would take longer than to encode it. Raises
     Refusal, named for the file, where one cannot be read.
@@ -25,7 +25,8 @@ def fingerprint(*paths: Path) -> str:
         try:
             with open(path, "rb") as file:
                 status = os.fstat(file.fileno())
-                found.update(f"{status.st_size} {status.st_mtime_ns}".encode() + file.read(65536))
+                time = status.st_mtime_ns if dated else 0
+                found.update(f"{status.st_size} {time}".encode() + file.read(65536))
                 for place in np.linspace(0, max(0, status.st_size - BLOCK), SAMPLES).astype(int).tolist():
                     file.seek(place)
                     found.update(file.read(BLOCK))

@@ -239,13 +239,11 @@ def defaults(folder: Path) -> Defaults:
     config = folder / "config.json"
     try:
         stored = json.loads(config.read_text("utf-8"))
+        if not isinstance(stored, dict):
+            raise TypeError("no object")
+        _check_parts(folder, stored)
         sampling, vae = dict(stored["sampling"]), stored["vae"]
         multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
-        for name in WEIGHTS:
-            if not (folder / name).is_dir() and not (folder / f"{name}.safetensors").is_file():
-                raise Refusal(
-                    "--model", f"{folder} has no {name}.safetensors", "give a folder with all its files"
-                )
         return Defaults(config, sampling, multiple, int(vae["latent"]))
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"
@@ -254,6 +252,33 @@ def defaults(folder: Path) -> Defaults:
     except (ValueError, RecursionError):
         what = f"{config} is not JSON"
     raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
+
+
+def _check_parts(folder: Path, stored: dict) -> None:
+    """Raises Refusal unless the config is of a model that can be sampled, and all its weights are there."""
+    if {"dit_high", "dit_low"} & stored.keys():
+        what = f"{folder} holds one or both of two experts, which cannot be sampled yet"
+        raise Refusal("--model", what, "give a model with one transformer")
+    if absent := [name for name in WEIGHTS if name not in stored]:
+        what = f"{folder} has no {' and no '.join(absent)}"
+        raise Refusal("--model", what, f"convert {', '.join(WEIGHTS)} of a model into one folder")
+    dit, vae, text = (stored[name] for name in WEIGHTS)
+    if dit["channels_in"] > dit["channels_out"]:
+        what = f"{folder} is Wan's own image-to-video network, which cannot be sampled yet"
+        raise Refusal("--model", what, "give a text-to-video model; --keep makes it image-to-video")
+    for what, ours, theirs in (
+        ("latent channels", dit["channels_out"], vae["latent"]),
+        ("wide text states", dit["text_width"], text["width"]),
+    ):
+        if ours != theirs:
+            what = (
+                f"{folder} is of two models: its transformer has {ours} {what}, and the other part {theirs}"
+            )
+            raise Refusal("--model", what, "convert the parts of one model into one folder")
+    for name in WEIGHTS:
+        if not (folder / name).is_dir() and not (folder / f"{name}.safetensors").is_file():
+            what = f"{folder} has no {name}.safetensors and no folder {name}"
+            raise Refusal("--model", what, "give a folder with all its files")
 
 
 def validate(request: Request, model: Defaults) -> Request:

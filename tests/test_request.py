@@ -21,7 +21,8 @@ SAMPLING = small.SAMPLING | {"frames": 33, "size": [64, 64], "steps": 20}
 
 def stored(sampling: dict, **vae) -> dict:
     """What the folder of a model says of it, as far as this program reads it before jax is there."""
-    return {"sampling": sampling, "vae": {"latent": 4, "patch": 2, "temporal": [True, True]} | vae}
+    parts = {"dit": {"channels_in": 4, "channels_out": 4, "text_width": 16}, "text": {"width": 16}}
+    return parts | {"sampling": sampling, "vae": {"latent": 4, "patch": 2, "temporal": [True, True]} | vae}
 
 
 @pytest.fixture
