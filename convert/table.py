@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import EinopsError, rearrange
+from flax.traverse_util import unflatten_dict
 
 from .tensors import Planned, Tensor
 
@@ -48,14 +49,7 @@ def affine(source: str, target: str) -> tuple[Rule, Rule]:
 def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> dict:
     """The tensors as a nested tree, each moved by its rule. Raises KeyError as `plan` does."""
     known = {key: Tensor(Path(), a.dtype, a.shape, lambda a=a: a) for key, a in tensors.items()}
-    tree: dict = {}
-    for array in plan(rules, known, **sizes):
-        *parents, leaf = array.path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array.whole()
-    return tree
+    return unflatten_dict({array.path: array.whole() for array in plan(rules, known, **sizes)}, sep="/")
 
 
 def plan(rules: list[Rule], tensors: dict[str, Tensor], **sizes: int) -> list[Planned]:

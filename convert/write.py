@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from fvdm_jax.program import Refusal
 
@@ -43,8 +44,9 @@ def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
 
     _hush()
     folder.mkdir(parents=True)
+    names = {array.path: np.zeros(1, np.float32) for array in planned}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    handler.save(folder, args=ocp.args.PyTreeSave(_nested(planned)))
+    handler.save(folder, args=ocp.args.PyTreeSave(unflatten_dict(names, sep="/")))
     for array in planned:
         store, waiting = _store(folder, array, create=True), None
         for place, piece in _pieces(array):
@@ -76,17 +78,6 @@ def _hush() -> None:
     import logging
 
     logging.getLogger("absl").setLevel(logging.ERROR)
-
-
-def _nested(planned: list[Planned]) -> dict:
-    root: dict = {}
-    for array in planned:
-        *parents, leaf = array.path.split("/")
-        node = root
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = np.zeros(1, np.float32)
-    return root
 
 
 def _store(folder: Path, array: Planned, create: bool):

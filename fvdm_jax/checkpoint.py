@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from fvdm_jax import lora
 from fvdm_jax.models import dit, streaming, text, vae
@@ -82,14 +83,8 @@ def load_tree(path: Path, widen: bool = True) -> dict:
         arrays = load_file(path)
     except (SafetensorError, OSError) as broken:
         raise Refusal(path, f"is not a whole safetensors file ({broken})", "copy it again") from broken
-    tree: dict = {}
-    for key, array in arrays.items():
-        *parents, leaf = key.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = array.astype(np.float32) if widen and _is_float(array) else array
-    return tree
+    wide = {k: a.astype(np.float32) if widen and _is_float(a) else a for k, a in arrays.items()}
+    return unflatten_dict(wide, sep="/")
 
 
 def load_adapters(folder: Path, params: dict) -> lora.Adapters:

@@ -1,7 +1,7 @@
 """The contract of every program: refuse in one line and early, leave whole files or none, stop when told to.
 
-Exit codes: 0 done, 1 an error of ours (with its traceback), 2 refused, 130 stopped by Ctrl-C. Nothing here
-imports jax, so that a refusal costs no more than the start of Python.
+Exit codes: 0 done, 1 an error of ours (with its traceback), 2 refused, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Nothing here imports jax, so that a refusal costs no more than the start of Python.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from typing import NoReturn
 
 GRACE = 2.0
 """Seconds that Python is given to stop by itself after Ctrl-C before the process is ended from outside."""
+
+TERMINATED = 128 + signal.SIGTERM
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _REMEDY = "free some space or choose another place; nothing was left behind"
@@ -151,7 +153,7 @@ def _harden_streams() -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within it Ctrl-C ends the process also where Python is not running, as in a compiled loop."""
+    """Within it Ctrl-C and SIGTERM end the process also where Python does not run, as in a compiled loop."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -160,23 +162,31 @@ def _interruptible() -> Iterator[None]:
     done = threading.Event()
     watcher = threading.Thread(target=_watch, args=(reader, done), daemon=True)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGTERM, _terminated)
     watcher.start()
     try:
         yield
     finally:
         done.set()
+        signal.signal(signal.SIGTERM, before)
         signal.set_wakeup_fd(previous)
         writer.close()
         watcher.join(1.0)
         reader.close()
 
 
+def _terminated(number: int, frame) -> NoReturn:
+    """Ends the process as Ctrl-C does, so that nothing half-written stays."""
+    print("stopped", file=sys.stderr)
+    raise SystemExit(TERMINATED)
+
+
 def _watch(reader: socket.socket, done: threading.Event) -> None:
     while received := reader.recv(1):
-        if received[0] == signal.SIGINT and not done.wait(GRACE):
+        if received[0] in (signal.SIGINT, signal.SIGTERM) and not done.wait(GRACE):
             # Past every object of Python that a lock may guard; the progress display had hidden the cursor.
             os.write(2, (b"\x1b[?25h" if os.isatty(2) else b"") + b"stopped\n")
-            os._exit(130)
+            os._exit(130 if received[0] == signal.SIGINT else TERMINATED)
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

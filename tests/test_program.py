@@ -73,16 +73,34 @@ def test_debug_shows_where_a_refusal_arose(python):
 SLEEPS = {"python": "import time; time.sleep(60)", "native": "import ctypes; ctypes.CDLL(None).sleep(60)"}
 
 
+STOPS = {"ctrl-c": (signal.SIGINT, 130), "sigterm": (signal.SIGTERM, 143)}
+
+
+@pytest.mark.parametrize(("sent", "code"), STOPS.values(), ids=STOPS)
 @pytest.mark.parametrize("sleep", SLEEPS.values(), ids=SLEEPS)
-def test_ctrl_c_ends_it_even_where_python_does_not_run(sleep, python):
+def test_it_ends_when_told_to_even_where_python_does_not_run(sleep, sent, code, python):
     """The second sleeps again and again in C, as a compiled loop runs on."""
     process = python(
         f"def main(argv):\n    print('on', flush=True)\n    while True: {sleep}\nleave(run(main))"
     )
     assert process.stdout.readline() == "on\n"
     began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130 and time.monotonic() - began < 5
+    process.send_signal(sent)
+    assert process.wait(timeout=10) == code and time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("sent", "code"), STOPS.values(), ids=STOPS)
+def test_nothing_half_written_is_left_when_it_is_stopped(tmp_path, sent, code, python):
+    process = python(
+        "from pathlib import Path\nimport time\ndef main(argv):\n"
+        "    with folder_output(Path(argv[0]) / 'out') as draft:\n"
+        "        (draft / 'a').write_text('half')\n        print('on', flush=True)\n        time.sleep(60)\n"
+        "leave(run(main))",
+        str(tmp_path),
+    )
+    assert process.stdout.readline() == "on\n"
+    process.send_signal(sent)
+    assert process.wait(timeout=10) == code and not list(tmp_path.iterdir())
 
 
 def test_a_reader_that_leaves_does_not_stop_the_work(python):
