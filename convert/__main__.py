@@ -117,12 +117,11 @@ def _convert(given) -> None:
     parts = [part for source in found for part in source.parts] + [merge.part for merge in merges]
     job = jobs.plan(given, found, merges)
     merged = [[merge.goal, merge.strength] for merge in merges]
-    made = {
-        "options": {"as": given.said, "dtype": given.dtype, "merged": merged},
-        "version": fvdm_jax.__version__,
-    }
+    experts = [part.expert for part in parts]
+    options = {"as": given.said, "dtype": given.dtype, "merged": merged, "experts": experts}
+    made = {"options": options, "version": fvdm_jax.__version__}
     files = [file for part in parts for file in part.files]
-    complete = _complete(given.out, job.config, made["options"], files)
+    complete = _complete(given.out, job.config, options, files)
     if not complete:
         print(*job.lines, sep="\n")
         if not given.dry_run:

@@ -86,7 +86,11 @@ def chosen(tensors: dict[str, Tensor], expert: str | None) -> dict[str, Tensor]:
         return tensors
     if expert not in EXPERTS:
         what = "adapts both experts, transformer and transformer_2"
-        raise Refusal(next(iter(tensors.values())).file, what, "choose one of them, or split the file")
+        raise Refusal(
+            next(iter(tensors.values())).file,
+            what,
+            "choose one: high=FILE is transformer, low=FILE transformer_2",
+        )
     other = EXPERTS[1 - EXPERTS.index(expert)]
     return {key: tensor for key, tensor in tensors.items() if key not in each[other]}
 

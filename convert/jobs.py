@@ -124,7 +124,7 @@ def _adapters(part: Part, given, config: dict | None, merges: list[Merge]) -> Jo
             raise Refusal(flag, "has nothing to work on: the source is a LoRA", "leave it out")
     if given.said and given.said not in dit.SIZES:
         raise Refusal("--as", f"{given.said} takes no LoRA", f"give one of {', '.join(dit.SIZES)}")
-    arrays, family = adapters(part, given.said, config)
+    arrays, family = adapters(part, given.said, config, part.expert)
     line = f"{ADAPTERS}: of {family or 'a network of no published size'}, {len(part.tensors)} tensors"
     modules = sum(array.path.endswith("/a") for array in arrays)
     changes = sum(array.path.startswith("delta/") for array in arrays)

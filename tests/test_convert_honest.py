@@ -192,3 +192,20 @@ def test_a_lora_of_trainers_and_of_eight_bits(tmp_path):
     assert np.array_equal(found[0].T, small["blocks.0.self_attn.q.lora_A.default.weight"].astype(np.float32))
     convert(tmp_path / "outsmall", tmp_path / "back", "--to", "pusa")
     assert len(load_file(tmp_path / "back/pusa.safetensors")) == len(plain)
+
+
+def test_a_lora_for_both_experts_is_taken_for_the_one_that_is_named(tmp_path):
+    rng, tensors = np.random.default_rng(0), {}
+    for expert in ("transformer", "transformer_2"):
+        for half, shape in (("A", (4, 64)), ("B", (64, 4))):
+            key = f"{expert}.blocks.0.attn1.to_q.lora_{half}.weight"
+            tensors[key] = rng.normal(size=shape).astype(np.float32)
+    path = put(tmp_path / "in", tensors, None)
+    with pytest.raises(Refusal, match="adapts both experts.*high=FILE"):
+        convert(path, tmp_path / "out")
+    for said, expert in (("high", "transformer"), ("low", "transformer_2")):
+        convert(f"{said}={path}", tmp_path / said)
+        found = tree(tmp_path / said / "adapters")["low_rank/blocks/self_attn/q/a"]
+        assert np.array_equal(found[0].T, tensors[f"{expert}.blocks.0.attn1.to_q.lora_A.weight"])
+    with pytest.raises(Refusal, match="something else"):
+        convert(f"low={path}", tmp_path / "high")
