@@ -134,8 +134,9 @@ def _convert(given) -> None:
 
 def _local(name: str) -> tuple[Path, str]:
     """The path of a source, and "high" or "low" where it is said to be one of two experts."""
-    expert, equals, rest = name.partition("=")
-    expert, name = (expert, rest) if equals and expert in ("high", "low") else ("", name)
+    from . import sources
+
+    expert, name = sources.expert_of(name)
     if not name.startswith("hf:"):
         return Path(name), expert
     from . import hub

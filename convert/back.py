@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fvdm_jax.program import Refusal
+from fvdm_jax.models.dit import DiTConfig
 
 from . import names, write
 from .families import Family
@@ -13,7 +13,6 @@ from .tensors import Tensor
 LAYOUTS = ("official", "diffusers")
 OFFICIAL = {
     "dit": "", "dit_high": "high_noise_model", "dit_low": "low_noise_model", "vae": "", "text": "",
-    "clip": "",
 }  # fmt: skip
 DIFFUSERS = {
     "dit": "transformer", "dit_high": "transformer", "dit_low": "transformer_2", "vae": "vae",
@@ -33,14 +32,8 @@ def official(family: Family) -> dict[str, Tensor]:
 
 
 def export(folder: Path, part: str, family: Family, layout: str, progress: write.Progress) -> None:
-    """Writes one part of a model, whose arrays are in `family.tensors`, into the layout's place in a folder.
-
-    Raises Refusal where the layout has no place for it.
-    """
-    places = OFFICIAL if layout == "official" else DIFFUSERS
-    if part not in places:
-        raise Refusal("--to", f"{layout} has no place for {part} alone", "give --to official")
-    place = folder / places[part]
+    """Writes one part of a model, whose arrays are in `family.tensors`, into its place in a folder."""
+    place = folder / (OFFICIAL if layout == "official" else DIFFUSERS)[part]
     place.mkdir(exist_ok=True, parents=True)
     write.sharded(place, _file(family, layout)[0], shards(family, layout), progress)
     settings = _settings(family, layout)
@@ -82,28 +75,26 @@ def _file(family: Family, layout: str) -> tuple[str, int]:
     if family.part == "dit":
         return "diffusion_pytorch_model", 99 * 10**8 if family.name == "wan_14b" else 10**10
     version = "2.2" if family.part == "vae" and family.config.shortcuts else "2.1"
-    stems = {"vae": f"Wan{version}_VAE", "text": "models_t5_umt5-xxl-enc", "clip": "models_clip_visual"}
+    stems = {"vae": f"Wan{version}_VAE", "text": "models_t5_umt5-xxl-enc"}
     return stems[family.part], _WHOLE
+
+
+def _model_type(config: DiTConfig) -> str:
+    """What Wan's config.json calls the kind of a transformer."""
+    if config.image_tokens:
+        return "flf2v"
+    return {36: "i2v", 48: "ti2v"}.get(config.channels_in, "t2v")
 
 
 def _settings(family: Family, layout: str) -> dict:
     """The config.json that the layout has beside a network; {} where it has none."""
     c = family.config
     if family.part == "dit":
-        kind = (
-            "flf2v"
-            if c.image_tokens
-            else "i2v"
-            if c.channels_in == 36
-            else "ti2v"
-            if c.channels_in == 48
-            else "t2v"
-        )
         if layout == "official":
             return {
                 "_class_name": "WanModel", "dim": c.width, "eps": 1e-6, "ffn_dim": c.ffn, "freq_dim": 256,
-                "in_dim": c.channels_in, "model_type": kind, "num_heads": c.heads, "num_layers": c.layers,
-                "out_dim": c.channels_out, "text_len": 512,
+                "in_dim": c.channels_in, "model_type": _model_type(c), "num_heads": c.heads,
+                "num_layers": c.layers, "out_dim": c.channels_out, "text_len": 512,
             }  # fmt: skip
         return {
             "_class_name": "WanTransformer3DModel", "added_kv_proj_dim": c.width if c.image_width else None,

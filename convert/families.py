@@ -13,7 +13,7 @@ from . import names, wan
 from .quantised import MARKER, WIDE, widened
 from .sources import Part
 from .table import Rule
-from .tensors import Tensor
+from .tensors import Tensor, bare
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "module.")
 SIZES = {
@@ -71,7 +71,7 @@ def recognise(part: Part, said: str | None = None, wide: np.dtype = WIDE) -> Fam
     Eight-bit weights are taken as `wide`. Raises Refusal where it is none that is known, or of no size that
     can be told.
     """
-    tensors = widened(part.path, _bare(part.tensors), wide)
+    tensors = widened(part.path, bare(part.tensors, PREFIXES, MARKER), wide)
     if empty := [key for key, tensor in tensors.items() if 0 in tensor.shape]:
         raise Refusal(part.path, f"has nothing in {plain(empty[0], 200)}", "copy it again")
     kinds = [kind for kind, marks in _MARKS.items() if any(mark in tensors for mark in marks)]
@@ -95,14 +95,6 @@ def recognise(part: Part, said: str | None = None, wide: np.dtype = WIDE) -> Fam
     if said:
         name, config = said, SIZES[said][1]
     return Family(kind, name, config, whose, official)
-
-
-def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefix that all of them carry, if they carry one."""
-    for prefix in PREFIXES:
-        if tensors and all(key.startswith(prefix) or key == MARKER for key in tensors):
-            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
 
 
 def _depth(tensors: dict, pattern: str) -> int:

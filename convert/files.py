@@ -3,13 +3,16 @@
 Never mapped: mapped pages count as resident memory, and a file that shrinks under a map kills the process.
 """
 
+import math
 import os
 import stat
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from fvdm_jax.program import Refusal
+from fvdm_jax.program import Refusal, plain
 
 CHUNK = 16 << 20
 
@@ -63,9 +66,22 @@ def fill(path: Path, start: int, into: memoryview) -> None:
 def array(path: Path, start: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """The array whose elements lie at `start`, row by row. Raises Refusal as `fill` does."""
     # Not np.empty(…, dtype): a memoryview does not know bfloat16.
-    raw = np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, np.uint8)
+    raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     fill(path, start, memoryview(raw))
     return raw.view(dtype).reshape(shape)
+
+
+def once(path: Path) -> Callable[[list[tuple[str, object]]], dict]:
+    """The dict of a JSON object's pairs, for `json.loads`; it raises Refusal where a key is there twice."""
+
+    def hook(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            raise Refusal(path, f"has the key {plain(twice, 80)} twice", "save it again")
+        return found
+
+    return hook
 
 
 def look(path: Path) -> bytes:

@@ -16,7 +16,7 @@ from fvdm_jax.program import Refusal
 from . import back, dialects, families, lora, plans, write
 from .merges import EVERY_RULE, Merge, adapters, merged
 from .sources import Part, Source, settings
-from .tensors import Planned
+from .tensors import Planned, known
 
 ADAPTERS = "adapters"
 LAYOUTS = {"comfy": "lora", "pusa": "pusa", "peft": "adapter_model"}
@@ -181,8 +181,8 @@ def _give_adapters(arrays: dict[str, Planned], layout: str, out: Path, progress:
     nested = unflatten_dict({path: array.whole() for path, array in arrays.items()}, sep="/")
     made = Adapters(nested.get("low_rank", {}), nested.get("delta", {}))
     tensors = lora.exported(made, EVERY_RULE, layout)
-    known = {key: write.known(array) for key, array in tensors.items()}
-    write.safetensors(out / f"{LAYOUTS[layout]}.safetensors", known, progress)
+    given = {key: known(array) for key, array in tensors.items()}
+    write.safetensors(out / f"{LAYOUTS[layout]}.safetensors", given, progress)
     if layout == "peft":
         config = json.dumps(lora.adapter_config(made, EVERY_RULE), indent=2)
         (out / "adapter_config.json").write_text(config + "\n")

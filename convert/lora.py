@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from einops import EinopsError, rearrange
+from einops import rearrange
 from flax.traverse_util import flatten_dict
 
 from fvdm_jax.lora import Adapters
@@ -19,7 +19,7 @@ from fvdm_jax.program import Refusal, plain
 
 from . import names
 from .dialects import DIALECTS, DIFFERENCES, Dialect, chosen, dialect, refuse
-from .table import Rule
+from .table import Rule, moved_shape
 from .tensors import DTYPES, Planned, Tensor
 
 FLOATS = {np.dtype(DTYPES[name]) for name in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")}
@@ -128,9 +128,8 @@ class _Array(NamedTuple):
 def _moved(tensors: dict[str, Tensor], key: str, pattern: str) -> _Array:
     tensor = tensors[key]
     try:
-        # Of no bytes: one element, repeated by strides of 0.
-        shape = rearrange(np.broadcast_to(np.int8(0), tensor.shape), pattern).shape
-    except EinopsError:
+        shape = moved_shape(pattern, tensor.shape, {}, key)
+    except KeyError:
         refuse(tensors, key, f"is {tensor.shape}", f"the network has it as {pattern.split(' -> ')[0]}")
     return _Array(tensor.dtype, shape, lambda: rearrange(tensor.read(), pattern), key, tensor.file)
 

@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
+from fvdm_jax.lora import Adapters, check
 from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal, numbered, plain
 
 from . import dialects, lora, plans, wan
 from .quantised import widened
-from .sources import Part, find, settings
-from .tensors import Planned
+from .sources import Part, expert_of, find, settings
+from .tensors import Planned, bare
 
 EVERY_RULE = wan.dit(image=True, positions=True)
 """A LoRA may adapt what only some of the transformers have; which it is for is seen when it is used."""
@@ -37,8 +40,7 @@ class Merge(NamedTuple):
 
 def asked(text: str) -> Merge:
     """The Merge of `[high=|low=]FILE[:STRENGTH]`; only the header is read. Raises Refusal."""
-    expert, equals, rest = text.partition("=")
-    expert, rest = (expert, rest) if equals and expert in ("high", "low") else ("", text)
+    expert, rest = expert_of(text)
     name, strength = numbered(rest, 1.0)
     if not abs(strength) <= 100:
         raise Refusal("--lora", f"the strength of {plain(name)} is not from -100 to 100", "1 is as trained")
@@ -53,7 +55,7 @@ def adapters(part: Part, said: str | None, config: dict | None, expert: str = ""
 
     `layers` is the network's depth, 0 where only the LoRA tells of it. Raises Refusal.
     """
-    tensors = _bare(part.tensors)
+    tensors = bare(part.tensors, TRAINERS)
     spoken = dialects.dialect(dialects.chosen(tensors, _expert(tensors, expert)))
     if config and dialects.DIALECTS[spoken].alpha != "config":
         raise Refusal("--config", f"has no use: {part.path} is of a dialect without a config", "leave it out")
@@ -72,13 +74,6 @@ def adapters(part: Part, said: str | None, config: dict | None, expert: str = ""
     peft = config or settings(part.path.parent / "adapter_config.json")
     peft = peft or lora.header_config(part.path, part.metadata, whose or "transformer")
     return lora.planned(widened(part.path, tensors), EVERY_RULE, depth, peft, whose), family
-
-
-def _bare(tensors: dict) -> dict:
-    for prefix in TRAINERS:
-        if all(key.startswith(prefix) for key in tensors):
-            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors
 
 
 def _expert(tensors: dict, expert: str) -> str | None:
@@ -125,20 +120,16 @@ def merged(networks: list[plans.Network], asked_for: list[Merge]) -> list[plans.
 
 
 def _check_fit(path: Path, network: plans.Network, found: dict[str, Planned]) -> None:
-    shapes = {array.path: array.shape for array in network.arrays}
-    for name, change in found.items():
-        kind, _, rest = name.partition("/")
-        module, _, last = rest.rpartition("/")
-        goal = rest if kind == "delta" else f"{module}/kernel"
-        if goal not in shapes:
-            what = f"adapts {goal}, which {network.name} does not have"
-            raise Refusal(path, what, "is it of another network?")
-        whole = shapes[goal]
-        wanted = {"a": whole[:-1], "b": (*whole[:-2], whole[-1])}.get(last, change.shape)
-        has = {"a": change.shape[:-1], "b": (*change.shape[:-2], change.shape[-1])}.get(last, change.shape)
-        if has != (whole if kind == "delta" else wanted):
-            what = f"changes {goal} {whole} by {name} {change.shape}, which does not fit"
-            raise Refusal(path, what, "is it of another network?")
+    """Raises Refusal, named for the LoRA's file, unless its arrays fit the network's."""
+    params, changes = (
+        unflatten_dict({a.path: jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays}, sep="/")
+        for arrays in (network.arrays, found.values())
+    )
+    try:
+        check(params, Adapters(changes.get("low_rank", {}), changes.get("delta", {})))
+    except ValueError as misfit:
+        right = "give a LoRA of this network"
+        raise Refusal(path, f"does not fit {network.name}: {misfit}", right) from misfit
 
 
 def _sum(array: Planned, changes: list[tuple[dict[str, Planned], float]]) -> Planned:

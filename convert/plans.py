@@ -1,6 +1,7 @@
 """What a conversion will do, known from headers alone: the networks found and the arrays they become."""
 
 import dataclasses
+import math
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Network(NamedTuple):
     source: Part
 
     def __str__(self) -> str:
-        count = sum(int(np.prod(array.shape, dtype=object)) for array in self.arrays)
+        count = sum(math.prod(array.shape) for array in self.arrays)
         kinds = Counter(str(array.dtype) for array in self.arrays)
         size, known = self.family.config, self.family.name or "of no published size"
         what = f"{self.name}: {known}, {self.family.names} names, {len(self.source.tensors)} tensors"
@@ -195,7 +196,7 @@ def config(networks: list[Network]) -> dict:
 def _size(part: str, fields: dict):
     """The config of a part of ours, of its fields in config.json."""
     kind = checkpoint.KINDS[part][0] if part in checkpoint.KINDS else clip.CLIPConfig
-    return kind(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+    return checkpoint.config_of(kind, fields)
 
 
 def opened(folder: Path) -> list[Network]:

@@ -5,7 +5,7 @@ README of safetensors.
 """
 
 import json
-from collections import Counter
+import math
 from functools import partial
 from pathlib import Path
 
@@ -48,17 +48,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parsed(path: Path, raw: bytes) -> dict:
-    def once(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise Refusal(path, f"has the key {plain(twice, 80)} twice", "save it again")
-        return found
-
     if not raw.startswith(b"{"):
         raise Refusal(path, "is no safetensors file: its header does not begin with {", "copy it again")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=float)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=files.once(path), parse_constant=float)
     except (ValueError, RecursionError) as broken:
         raise Refusal(path, "is no safetensors file: its header is not JSON", "copy it again") from broken
 
@@ -82,7 +75,7 @@ def _span(path: Path, key: str, entry: object) -> tuple[np.dtype, tuple[int, ...
     if len(shape) > MOST_AXES or len(offsets) != 2:
         raise refuse(f"has {len(shape)} axes and {len(offsets)} offsets, where at most 8 and 2 are wanted")
     dtype = np.dtype(DTYPES[name])
-    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    wanted = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != wanted:
         raise refuse(f"lies in {offsets[1] - offsets[0]} bytes, and its shape and type need {wanted}")
     return dtype, tuple(shape), *offsets

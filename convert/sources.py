@@ -40,6 +40,12 @@ class Source(NamedTuple):
     tokenizer: Path | None = None
 
 
+def expert_of(text: str) -> tuple[str, str]:
+    """ "high", "low" or "" for neither, and the rest of `[high=|low=]REST`."""
+    expert, equals, rest = text.partition("=")
+    return (expert, rest) if equals and expert in ("high", "low") else ("", text)
+
+
 def find(path: Path, expert: str = "") -> Source:
     """What lies at `path`; only headers are read. Raises Refusal, named for the file.
 
@@ -107,14 +113,8 @@ def settings(path: Path) -> dict:
 def _object(path: Path) -> dict:
     if files.size_of(path) > 64 << 20:
         raise Refusal(path, "is too large for a list of settings", "give the file that came with the weights")
-
-    def once(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise Refusal(path, "has a key twice", "give the file that came with the weights")
-        return dict(pairs)
-
     try:
-        found = json.loads(files.read_bytes(path, 0, files.size_of(path)), object_pairs_hook=once)
+        found = json.loads(files.read_bytes(path, 0, files.size_of(path)), object_pairs_hook=files.once(path))
     except (ValueError, RecursionError) as broken:
         raise Refusal(path, "is not JSON", "give the file that came with the weights") from broken
     if not isinstance(found, dict):

@@ -9,7 +9,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 from flax.traverse_util import unflatten_dict
 
-from .tensors import Planned, Tensor
+from .tensors import Planned, Tensor, known
 
 
 class Rule(NamedTuple):
@@ -48,8 +48,8 @@ def affine(source: str, target: str) -> tuple[Rule, Rule]:
 
 def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> dict:
     """The tensors as a nested tree, each moved by its rule. Raises KeyError as `plan` does."""
-    known = {key: Tensor(Path(), a.dtype, a.shape, lambda a=a: a) for key, a in tensors.items()}
-    return unflatten_dict({array.path: array.whole() for array in plan(rules, known, **sizes)}, sep="/")
+    read = {key: known(array) for key, array in tensors.items()}
+    return unflatten_dict({array.path: array.whole() for array in plan(rules, read, **sizes)}, sep="/")
 
 
 def plan(rules: list[Rule], tensors: dict[str, Tensor], **sizes: int) -> list[Planned]:
@@ -98,7 +98,7 @@ def _planned(rule: Rule, tensors: dict[str, Tensor], layers: dict[int, str], siz
         if (tensors[key].shape, tensors[key].dtype) != (first.shape, first.dtype):
             what = f"{key} is {tensors[key].dtype} {tensors[key].shape}"
             raise KeyError(f"{what}, and {keys[0]} is {first.dtype} {first.shape}")
-    shape = _shape(rule.pattern, first.shape, sizes, keys[0])
+    shape = moved_shape(rule.pattern, first.shape, sizes, keys[0])
     stack = len(keys) if "*" in rule.source else None
 
     def piece(i: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def unplan(rules: list[Rule], arrays: dict[str, Planned], **sizes: int) -> dict[
     stacked = [n for n, rule in enumerate(moving) if "*" in rule.source]
     for n, rule in enumerate(moving):
         array, pattern = arrays[rule.target], " -> ".join(reversed(rule.pattern.split(" -> ")))
-        shape = _shape(pattern, array.shape[1:] if array.layers else array.shape, sizes, rule.target)
+        shape = moved_shape(pattern, array.shape[1:] if array.layers else array.shape, sizes, rule.target)
         for i in range(array.layers or 1):
 
             def read(i=i, array=array, pattern=pattern):
@@ -143,7 +143,7 @@ def _needed(pattern: str, sizes: dict) -> dict:
     return {name: n for name, n in sizes.items() if re.search(rf"\b{name}\b", pattern)}
 
 
-def _shape(pattern: str, shape: tuple[int, ...], sizes: dict, key: str) -> tuple[int, ...]:
+def moved_shape(pattern: str, shape: tuple[int, ...], sizes: dict, key: str) -> tuple[int, ...]:
     """The shape that the pattern makes of a shape. Raises KeyError, naming the key, where it does not fit."""
     try:
         # Of no bytes: one element, repeated by strides of 0.

@@ -1,6 +1,7 @@
 """What is known of an array before it is read: of a file's tensors, and of the arrays of our tree."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,20 @@ class Tensor(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def known(array: np.ndarray) -> Tensor:
+    """An array that is in memory as a tensor."""
+    return Tensor(Path(), array.dtype, array.shape, lambda: array)
+
+
+def bare(tensors: dict[str, Tensor], prefixes: Sequence[str], beside: str = "") -> dict[str, Tensor]:
+    """The tensors without the first of `prefixes` that all of them carry, but for one named `beside`."""
+    for prefix in prefixes:
+        if tensors and all(key.startswith(prefix) or key == beside for key in tensors):
+            return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 class Planned(NamedTuple):
@@ -42,7 +56,7 @@ class Planned(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def whole(self) -> np.ndarray:
         """The array itself, in memory."""

@@ -1,6 +1,7 @@
 """Arrays into files as they are read, one layer at a time: our checkpoint, and safetensors for others."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def chunks(array: Planned) -> list[int]:
     shape = list(array.shape)
     if array.layers and array.bytes > SMALL:
         shape[0] = 1
-    size = int(np.prod(shape, dtype=np.int64)) * array.dtype.itemsize
+    size = math.prod(shape) * array.dtype.itemsize
     if size > CHUNK:
         longest = int(np.argmax(shape))
         shape[longest] = -(-shape[longest] // -(-size // CHUNK))
@@ -164,11 +165,6 @@ def stored(folder: Path) -> dict[str, Planned]:
 
 STACKS = ("blocks/", "layers/")
 """How the paths of arrays that are stacks of layers begin."""
-
-
-def known(array: np.ndarray) -> Tensor:
-    """An array that is in memory as a tensor to be written."""
-    return Tensor(Path(), array.dtype, array.shape, lambda: array)
 
 
 def safetensors(path: Path, tensors: dict[str, Tensor], progress: Progress) -> None:

@@ -95,7 +95,7 @@ def load_adapters(folder: Path, params: dict) -> lora.Adapters:
     tree = restore_tree(folder / "adapters")
     adapters = lora.Adapters(tree.get("low_rank", {}), tree.get("delta", {}))
     try:
-        jax.eval_shape(lora.variables, params, [(adapters, 1.0)])
+        lora.check(params, adapters)
     except ValueError as misfit:
         raise Refusal(folder, f"does not fit the model: {misfit}", "give a LoRA of this network") from misfit
     return adapters
@@ -155,9 +155,14 @@ def describe(folder: Path) -> Networks:
     return Networks(**{name: _configured(path, name, kind, stored) for name, (kind, _) in KINDS.items()})
 
 
+def config_of(kind: type, fields: dict):
+    """The config of this kind with fields as JSON has them. Raises TypeError or AttributeError for others."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
 def _configured(path: Path, name: str, kind: type, stored: dict):
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored[name].items()})
+        return config_of(kind, stored[name])
     except (KeyError, TypeError, AttributeError) as wrong:
         names = ", ".join(field.name for field in dataclasses.fields(kind))
         raise Refusal(path, f"does not describe {name}: {wrong}", f"its fields are {names}") from wrong

@@ -33,6 +33,7 @@ def _demuxed(path, form: str):
 
 
 def probe_clip(path, form: str) -> Media:
+    """What is known of a clip without decoding it. Raises Refusal where it is damaged, empty or too long."""
     with _demuxed(path, form) as (container, stream):
         ends = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if form == "mov" and ends > os.path.getsize(path):
@@ -69,6 +70,7 @@ def _shown(stream) -> tuple[int, int]:
 
 
 def clip_frames(path, form: str) -> Iterator:
+    """The second at which each picture of a clip is shown, and the picture, upright. Raises Refusal."""
     from PIL import Image
 
     with _demuxed(path, form) as (container, stream):

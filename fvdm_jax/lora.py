@@ -42,6 +42,11 @@ def variables(params: dict, adapters: list[tuple[Adapters, Strength]]) -> dict:
     return {"params": unflatten_dict(leaves, sep="/"), "lora": _side_by_side(pairs)}
 
 
+def check(params: dict, adapters: Adapters) -> None:
+    """Raises ValueError, naming the module, unless the adapters fit the parameters; shapes of both will do."""
+    jax.eval_shape(variables, params, [(adapters, 1.0)])
+
+
 def merge(params: dict, adapters: Adapters, strength: Strength) -> dict:
     """The parameters with the adapters added: computed in float32, one layer of a stack at a time, and
     rounded once to each parameter's dtype. What is not adapted is the same array as before.

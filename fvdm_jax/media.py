@@ -48,6 +48,7 @@ def at_rate(timed: Iterator, fps: float) -> Iterator:
 
 
 def check_size(path, width: int, height: int) -> None:
+    """Raises Refusal, named `path`, unless a picture of this size is neither too small nor too large."""
     if min(width, height) < LEAST_SIDE:
         raise Refusal(path, f"is {width}x{height} pixels", f"{LEAST_SIDE} pixels a side is the least")
     if width * height > MOST_PIXELS:

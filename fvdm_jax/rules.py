@@ -40,6 +40,8 @@ def _frames(value):
 
 
 def sides(multiple: int) -> Rule:
+    """The rule of a (height, width) in pixels whose sides are multiples of a number."""
+
     def rule(value):
         if not isinstance(value, tuple) or len(value) != 2:
             return "is not a height and a width", "give HxW, such as 480x832"
@@ -60,11 +62,13 @@ def _text(value):
 
 
 def texts(value):
+    """The rule of a tuple of texts."""
     if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
         return "is no list of texts", ""
 
 
 def strengths(value):
+    """The rule of a tuple of numbers 0 … 1."""
     rule = _between(0, 1)
     if not isinstance(value, tuple) or any(rule(strength) for strength in value):
         return "is no list of strengths", ""
