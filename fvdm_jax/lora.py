@@ -43,7 +43,7 @@ def variables(params: dict, adapters: list[tuple[Adapters, Strength]]) -> dict:
 
 
 def check(params: dict, adapters: Adapters) -> None:
-    """Raises ValueError, naming the module, unless the adapters fit the parameters; shapes of both will do."""
+    """Raises ValueError, naming the module, unless the adapters fit the parameters; shapes will do."""
     jax.eval_shape(variables, params, [(adapters, 1.0)])
 
 
