@@ -121,7 +121,7 @@ def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
     The folder holds `config.json`, with a config for each, and NAME.safetensors or a folder NAME.
     Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
     """
-    networks = describe(folder)
+    networks = describe(folder, parts)
     params = {}
     for name in parts:
         config = getattr(networks, name)
@@ -148,11 +148,67 @@ def restore_tree(folder: Path, widen: bool = False) -> dict:
     return jax.tree.map(lambda a: a.astype(np.float32) if widen and _is_float(a) else a, tree)
 
 
-def describe(folder: Path) -> Networks:
-    """The networks of a folder, without their parameters. Raises Refusal where a config is none."""
+def restore_onto(folder: Path, name: str, wanted: dict) -> dict:
+    """The parameters of a network of a model's folder, in the places and types of the shapes `wanted`.
+
+    Each device's part is read for itself, and no host holds the whole. Raises Refusal where the folder has
+    no such network, or one of other sizes.
+    """
+    if (folder / name).is_dir():
+        return _restored(folder / name, wanted)
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        raise Refusal(folder, f"holds no {name}", "give the folder of a model, as of python -m convert")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            found = {key: jax.ShapeDtypeStruct(file.get_slice(key).get_shape(), None) for key in file.keys()}
+            _check(path, unflatten_dict(found, sep="/"), wanted)
+
+            def placed(key: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+                stored = file.get_slice(key)
+                read = lambda at: np.asarray(stored[at] if at else stored[:], leaf.dtype)  # noqa: E731
+                return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+            return unflatten_dict({key: placed(key, leaf) for key, leaf in flatten(wanted)}, sep="/")
+    except SafetensorError as broken:
+        raise Refusal(path, f"is not a whole safetensors file ({broken})", "copy it again") from broken
+
+
+def _restored(folder: Path, wanted: dict) -> dict:
+    import orbax.checkpoint as ocp
+
+    try:
+        handler = ocp.PyTreeCheckpointer()
+        stored = handler.metadata(folder).item_metadata.tree
+        _check(folder, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, None), stored), wanted)
+        args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        return handler.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args))
+    except (OSError, ValueError, KeyError) as broken:
+        raise Refusal(folder, f"is no whole checkpoint ({broken})", "convert it again") from broken
+
+
+def describe(folder: Path, parts: Iterable[str] = KINDS) -> Networks:
+    """The networks of a folder, without their parameters. Raises Refusal where a config is none.
+
+    Those that `parts` does not name need not be there; they are None then.
+    """
     path = folder / "config.json"
     stored = json.loads(path.read_text("utf-8"))
-    return Networks(**{name: _configured(path, name, kind, stored) for name, (kind, _) in KINDS.items()})
+    needed = stored.keys() | set(parts)
+    configs = {
+        n: _configured(path, n, kind, stored) if n in needed else None for n, (kind, _) in KINDS.items()
+    }
+    return Networks(**configs)
+
+
+def network(folder: Path, name: str) -> dit.DiTConfig:
+    """The sizes of a transformer of a folder, by its name there. Raises Refusal where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise Refusal(folder, "is no model", "give the folder of one, as of python -m convert")
+    return _configured(path, name, dit.DiTConfig, json.loads(path.read_text("utf-8")))
 
 
 def config_of(kind: type, fields: dict):

@@ -1,13 +1,15 @@
 """From a network to a denoiser: what it is told, and how strongly it is made to listen."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fvdm_jax.process import Prediction, Process
-from fvdm_jax.samplers import Denoiser
-from fvdm_jax.shapes import Latents, Levels, TextStates
+from fvdm_jax.samplers import Denoiser, Sampler, sample
+from fvdm_jax.shapes import Latents, Levels, Schedule, TextStates
 
 Apply = Callable[..., Latents]
 """A network with its parameters: (x, timestep, text) → output, and `extra` after them where it takes one."""
@@ -39,6 +41,35 @@ def guided(
         return process.read(x, without + scale * (said - without), level)
 
     return denoise
+
+
+class Generation(NamedTuple):
+    """How clips are generated, but for what may be traced: process, solver, and whether guidance is used."""
+
+    process: Process
+    sampler: Sampler
+    guided: bool = True
+
+    def program(self, velocity: Apply, observe: Callable[[], None] | None = None) -> Callable[..., Latents]:
+        """(params, (text, negative), scale, noise, canvas, schedule) → latents [b f h w c], to be jitted.
+
+        `velocity(params, x, timestep, text)` is the network; `observe` is called at every step.
+        """
+
+        def program(params, prompts, scale, noise: Latents, canvas: Latents, schedule: Schedule) -> Latents:
+            text, negative = prompts
+            apply = partial(velocity, params)
+            denoise = guided(self.process, apply, text, negative if self.guided else None, scale)
+
+            def observed(x: Latents, level: Levels) -> Prediction:
+                jax.debug.callback(observe)
+                return denoise(x, level)
+
+            return sample(
+                self.process, observed if observe else denoise, self.sampler, noise, canvas, schedule
+            )
+
+        return program
 
 
 def _twice(tree):

@@ -1,7 +1,10 @@
 """Adapters: what was learned beside a network's parameters, run beside them or merged into them."""
 
+import re
+import zlib
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -22,6 +25,76 @@ class Adapters(NamedTuple):
 
     low_rank: dict
     delta: dict
+
+
+TARGETS = r"blocks/(self_attn|cross_attn)/[qkvo]|blocks/ffn/(up|down)"
+"""The ten matrices of a block that Pusa adapts (arXiv 2507.16116; its q, k, v, o, ffn.0 and ffn.2)."""
+
+
+def abstract(params: dict, rank: int, where: str = TARGETS) -> dict:
+    """The pairs {"a", "b"} of adapters of this rank as float32 shapes with logical axis names.
+
+    `params` are the network's, as of `dit.abstract`. Adapted are the Dense layers whose path, such as
+    "blocks/self_attn/q", the pattern `where` matches whole. Raises ValueError where it matches none.
+    """
+    pairs = {}
+    for path, box in flatten_dict(params, sep="/").items():
+        module, _, name = path.rpartition("/")
+        if name == "kernel" and re.fullmatch(where, module):
+            (*stack, fan_in, fan_out), (*layers, rows, columns) = box.value.shape, box.names
+            for part, shape, names in (
+                ("a", (*stack, fan_in, rank), (*layers, rows, None)),
+                ("b", (*stack, rank, fan_out), (*layers, None, columns)),
+            ):
+                leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+                pairs[f"{module}/{part}"] = nn.LogicallyPartitioned(leaf, names)
+    if not pairs:
+        raise ValueError(f"{where!r} matches no layer; the default is {TARGETS!r}")
+    return unflatten_dict(pairs, sep="/")
+
+
+def init(key: jax.Array, abstract: dict) -> dict:
+    """Pairs for the shapes of `abstract`: a uniform within ±1/√in, b zero, so that nothing is changed yet.
+
+    Each is drawn by a key of its name. Source: PEFT's default, as Pusa trains from.
+    """
+
+    def draw(path: str, leaf: jax.ShapeDtypeStruct) -> Array:
+        if path.endswith("/b"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        own, bound = jax.random.fold_in(key, zlib.crc32(path.encode())), leaf.shape[-2] ** -0.5
+        return jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
+
+    leaves = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    return unflatten_dict({path: draw(path, leaf) for path, leaf in leaves.items()}, sep="/")
+
+
+def scaled(pairs: dict, scale: float) -> Adapters:
+    """Pairs {"a", "b"} as Adapters that add scale·a·b; scale is alpha/rank."""
+    leaves = flatten_dict(pairs, sep="/")
+    for path, a in list(leaves.items()):
+        if path.endswith("/a"):
+            module = path.removesuffix("/a")
+            leaves[f"{module}/scale"] = jnp.full(a.shape[:-2], scale, jnp.float32)
+            leaves[f"{module}/rank"] = jnp.full(a.shape[:-2], a.shape[-1], jnp.int32)
+    return Adapters(unflatten_dict(leaves, sep="/"), {})
+
+
+@jax.jit
+def changes(params: dict, adapters: Adapters) -> dict[str, Float[Array, "..."]]:
+    """‖scale·a·b‖/‖kernel‖ by module, [layers] in a stack: Frobenius norms, without making a·b."""
+    leaves = flatten_dict(params, sep="/")
+
+    def ratio(name: str, layer: dict) -> Array:
+        a, b = layer["a"].astype(jnp.float32), _scaled(layer, 1.0)
+        # ‖ab‖² is the sum of (aᵀa)∘(bbᵀ), of r × r numbers.
+        inner = jnp.einsum("...ir,...is->...rs", a, a, precision="highest")
+        outer = jnp.einsum("...ro,...so->...rs", b, b, precision="highest")
+        square = jnp.maximum(jnp.sum(inner * outer, (-2, -1)), 0)
+        kernel = leaves[f"{name}/kernel"].astype(jnp.float32)
+        return jnp.sqrt(square / jnp.sum(jnp.square(kernel), (-2, -1)))
+
+    return {name: ratio(name, layer) for name, layer in _checked(leaves, adapters).items()}
 
 
 def variables(params: dict, adapters: list[tuple[Adapters, Strength]]) -> dict:

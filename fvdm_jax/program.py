@@ -15,21 +15,16 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import stat
 import sys
-import threading
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-GRACE = 2.0
-"""Seconds that Python is given to stop by itself after Ctrl-C before the process is ended from outside."""
-
-TERMINATED = 128 + signal.SIGTERM
+from fvdm_jax.stopping import interruptible
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _REMEDY = "free some space or choose another place; nothing was left behind"
@@ -151,44 +146,6 @@ def _harden_streams() -> None:
             setattr(sys, name, buffered)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM end the process also where Python does not run, as in a compiled loop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    done = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(reader, done), daemon=True)
-    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    before = signal.signal(signal.SIGTERM, _terminated)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        signal.signal(signal.SIGTERM, before)
-        signal.set_wakeup_fd(previous)
-        writer.close()
-        watcher.join(1.0)
-        reader.close()
-
-
-def _terminated(number: int, frame) -> NoReturn:
-    """Ends the process as Ctrl-C does, so that nothing half-written stays."""
-    print("stopped", file=sys.stderr)
-    raise SystemExit(TERMINATED)
-
-
-def _watch(reader: socket.socket, done: threading.Event) -> None:
-    while received := reader.recv(1):
-        if received[0] in (signal.SIGINT, signal.SIGTERM) and not done.wait(GRACE):
-            # Past every object of Python that a lock may guard; the progress display had hidden the cursor.
-            os.write(2, (b"\x1b[?25h" if os.isatty(2) else b"") + b"stopped\n")
-            os._exit(130 if received[0] == signal.SIGINT else TERMINATED)
-
-
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """The exit code of `main(argv)`, its failures reported as the contract has it; argv: sys.argv's.
 
@@ -197,7 +154,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     _harden_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _interruptible():
+        with interruptible():
             code = main(argv) or 0
     except Refusal as refusal:
         if "--debug" in argv:

@@ -1,5 +1,7 @@
 """What prompts say to the network: read once by the text encoder, then kept on disk."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fvdm_jax.program import Refusal, outputs
+
+TOKENIZERS = ("tokenizer.json", "spiece.model")
+"""What a model's folder may hold beside the weights; where it has neither, its prompts are bytes."""
 
 SAMPLES, BLOCK = 256, 4096
 """How many places of a file of weights are looked at for its fingerprint, and how many bytes at each."""
@@ -35,6 +40,11 @@ def fingerprint(*paths: Path, dated: bool = True) -> str:
     return found.hexdigest()
 
 
+def trimmed(states: np.ndarray) -> np.ndarray:
+    """States [l e] without the rows of zeros after the prompt's true length."""
+    return states[: 1 + int(np.flatnonzero(states.any(-1))[-1])] if states.any() else states[:0]
+
+
 class TextCache:
     """States of prompts in a folder, one file each, named by the prompt and by all that they depend on."""
 
@@ -49,8 +59,7 @@ class TextCache:
         """
         found = self._load(prompt, length)
         if found is None:
-            found = np.asarray(read(prompt), np.float32)
-            found = found[: 1 + int(np.flatnonzero(found.any(-1))[-1])] if found.any() else found[:0]
+            found = trimmed(np.asarray(read(prompt), np.float32))
             self._save(prompt, found)
         return np.pad(found, ((0, length - len(found)), (0, 0)))
 
@@ -84,3 +93,60 @@ class TextCache:
         except (OSError, Refusal):
             # A cache that cannot be written costs time, and nothing else.
             return
+
+
+class Reader:
+    """Reads prompts with the text encoder of a model's folder; its weights are loaded for the first unknown.
+
+    States that have been read are kept in a folder `kept`, if there is one. Raises Refusal, named --model,
+    where the folder has no tokenizer for its weights.
+    """
+
+    def __init__(self, model: Path, networks, stages, kept: Path | None = None):
+        from fvdm_jax import machine
+        from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer, load_tokenizer
+
+        self._model, self._networks, self._stages = model, networks, stages
+        self.length, known = networks.text.length, networks.text.vocabulary
+        words = [path for name in TOKENIZERS if (path := model / name).is_file()][:1]
+        self._tokenizer = load_tokenizer(words[0]) if words else byte_tokenizer
+        if self._tokenizer.vocabulary > known or not words and known > VOCABULARY:
+            what = f"{words[0] if words else model} has no tokens for these weights"
+            raise Refusal("--model", what, f"put the {' or '.join(TOKENIZERS)} of the text encoder there")
+        depends: object = None
+        if kept:
+            # A converted model's manifest has the hashes of all that it was made of.
+            weights = [model / name for name in ("text.safetensors", "manifest.json")]
+            weights = fingerprint(*filter(Path.is_file, weights), *words)
+            depends = weights, dataclasses.asdict(networks.text), machine.versions()
+        self._cache = TextCache(kept, depends)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of the whole prompt, of which `length` are read."""
+        return self._tokenizer.count(prompt)
+
+    def states(self, prompt: str) -> np.ndarray:
+        """The states [l e] of a prompt, float32, 0 after its true length."""
+        return self._cache.states(prompt, self.length, self._read)
+
+    def _read(self, prompt: str):
+        params, program = self._encoder
+        return program(params, *self._tokenizer([prompt], self.length))[0]
+
+    @functools.cached_property
+    def _encoder(self) -> tuple:
+        """The weights, spread over this process's devices, and the program that reads one prompt."""
+        import jax
+
+        from fvdm_jax import checkpoint, sharding
+        from fvdm_jax.models.text import abstract
+
+        with self._stages("load"):
+            params = checkpoint.load(self._model, ("text",))[1]["text"]
+            devices = jax.local_devices()
+            over = sharding.mesh(fsdp=len(devices), devices=devices)
+            placed = sharding.shardings(over, abstract(self._networks.text))
+            params = {"text": jax.device_put(params, placed)}
+        tokens = self._tokenizer([""], self.length)
+        with self._stages("compile"):
+            return params, jax.jit(self._networks.read).lower(params, *tokens).compile()

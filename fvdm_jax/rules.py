@@ -11,7 +11,7 @@ PROCESSES = ("flow", "ddpm", "ddpm_v")
 Rule = Callable[[object], tuple[str, str] | None]
 
 
-def _whole_from(least: int, most: int) -> Rule:
+def whole_from(least: int, most: int) -> Rule:
     def rule(value):
         if type(value) is not int or not least <= value <= most:
             return "is not a possible number", f"give a whole number from {least} to {most}"
@@ -19,7 +19,7 @@ def _whole_from(least: int, most: int) -> Rule:
     return rule
 
 
-def _between(least: float, most: float, note: str = "") -> Rule:
+def between(least: float, most: float, note: str = "") -> Rule:
     def rule(value):
         if type(value) not in (int, float) or not least <= value <= most:
             return "is out of range", f"give a number from {least} to {most}{note}"
@@ -32,7 +32,7 @@ def _one_of(names: Sequence[str]) -> Rule:
 
 
 def _frames(value):
-    if wrong := _whole_from(1, 10_001)(value):
+    if wrong := whole_from(1, 10_001)(value):
         return wrong[0], wrong[1] + " of the form 1 + 4n"
     if value % STRIDE != 1:
         below = value - (value - 1) % STRIDE
@@ -69,7 +69,7 @@ def texts(value):
 
 def strengths(value):
     """The rule of a tuple of numbers 0 … 1."""
-    rule = _between(0, 1)
+    rule = between(0, 1)
     if not isinstance(value, tuple) or any(rule(strength) for strength in value):
         return "is no list of strengths", ""
 
@@ -78,12 +78,12 @@ RULES: dict[str, Rule] = {
     "prompt": _text,
     "negative": _text,
     "frames": _frames,
-    "steps": _whole_from(1, 1000),
+    "steps": whole_from(1, 1000),
     "solver": _one_of(SOLVERS),
     "process": _one_of(PROCESSES),
     "spacing": _one_of(SPACINGS),
-    "shift": _between(0.01, 1000, "; 1 spaces the steps evenly"),
-    "guidance": _between(0, 100, "; 1 turns guidance off"),
-    "fps": _between(0.1, 240),
-    "seed": _whole_from(0, 2**64 - 1),
+    "shift": between(0.01, 1000, "; 1 spaces the steps evenly"),
+    "guidance": between(0, 100, "; 1 turns guidance off"),
+    "fps": between(0.1, 240),
+    "seed": whole_from(0, 2**64 - 1),
 }

@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 from fvdm_jax import latents, machine
@@ -11,9 +10,6 @@ from fvdm_jax.explain import explain, picture
 from fvdm_jax.program import Refusal, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, parse
-
-TOKENIZERS = ("tokenizer.json", "spiece.model")
-"""What a model's folder may hold beside the weights; where it has neither, its prompts are bytes."""
 
 LONG = 1e13
 """Operations of the whole run from which on its steps are reported one by one."""
@@ -199,77 +195,33 @@ def _schedule(request: Request):
 
 def _read(request: Request, networks, stages: Stages):
     """States, each [1 l e], of the prompt and of the negative prompt."""
-    import dataclasses
+    from fvdm_jax.prompts import Reader
 
-    import jax
-
-    from fvdm_jax import checkpoint, sharding
-    from fvdm_jax.models.text import abstract
-    from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer, load_tokenizer
-    from fvdm_jax.prompts import TextCache, fingerprint
-
-    length, words = networks.text.length, [request.model / name for name in TOKENIZERS]
-    words = [path for path in words if path.is_file()][:1]
-    tokenizer = load_tokenizer(words[0]) if words else byte_tokenizer
-    if tokenizer.vocabulary > networks.text.vocabulary or not words and networks.text.vocabulary > VOCABULARY:
-        what = f"{words[0] if words else request.model} has no tokens for these weights"
-        raise Refusal("--model", what, f"put the {' or '.join(TOKENIZERS)} of the text encoder there")
+    reader = Reader(request.model, networks, stages, machine.cache("text"))
     for flag, prompt in (("--prompt", request.prompt), ("--negative", request.negative)):
-        if (count := tokenizer.count(prompt)) > length:
-            print(f"note: {flag} has {count} tokens and is cut to the model's {length}", file=sys.stderr)
-
-    program = None
-
-    def read(prompt):
-        nonlocal program
-        tokens = tokenizer([prompt], length)
-        if program is None:
-            with stages("load"):
-                params = checkpoint.load(request.model, ("text",))[1]
-                over = sharding.mesh(fsdp=len(jax.devices()))
-                params = {
-                    "text": jax.device_put(params["text"], sharding.shardings(over, abstract(networks.text)))
-                }
-            program = partial(_compiled(stages, networks.read, params, *tokens), params)
-        return program(*tokens)[0]
-
+        if (count := reader.count(prompt)) > reader.length:
+            cut = f"{count} tokens and is cut to the model's {reader.length}"
+            print(f"note: {flag} has {cut}", file=sys.stderr)
     with stages("text"):
-        # A converted model's manifest has the hashes of all that it was made of.
-        weights = [request.model / name for name in ("text.safetensors", "manifest.json")]
-        weights = fingerprint(*filter(Path.is_file, weights), *words)
-        depends = weights, dataclasses.asdict(networks.text), machine.versions()
-        cache = TextCache(machine.cache("text"), depends)
-        return tuple(cache.states(text, length, read)[None] for text in (request.prompt, request.negative))
+        return tuple(reader.states(text)[None] for text in (request.prompt, request.negative))
 
 
 def _denoiser(request: Request, networks, params: dict, stages: Stages):
     """The whole of denoising as one function of arrays, and its steps if it reports them to `stages`."""
     import jax
 
-    from fvdm_jax.guidance import guided
+    from fvdm_jax.guidance import Generation
     from fvdm_jax.models.dit import PATCH
     from fvdm_jax.process import PROCESSES
-    from fvdm_jax.samplers import SAMPLERS, sample
+    from fvdm_jax.samplers import SAMPLERS
 
-    process, sampler = PROCESSES[request.process], SAMPLERS[request.solver]
     alone = request.guidance == 1 or request.prompt == request.negative
+    made = Generation(PROCESSES[request.process], SAMPLERS[request.solver], not alone)
     height, width = (side // networks.vae.spatial // PATCH for side in request.size)
     tokens = request.latent_frames * height * width * request.steps * (1 if alone else 2)
     # A program that reports its steps cannot be kept in the compilation cache, so short ones do not.
     watched = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(params["dit"])) * tokens > LONG
-
-    def program(params, prompts, scale, noise, canvas, rows):
-        text, negative = prompts
-        denoise = guided(
-            process, partial(networks.velocity, params), text, None if alone else negative, scale
-        )
-
-        def reporting(x, level):
-            jax.debug.callback(stages.step)
-            return denoise(x, level)
-
-        return sample(process, reporting if watched else denoise, sampler, noise, canvas, rows)
-
+    program = made.program(networks.velocity, stages.step if watched else None)
     return program, request.steps if watched else None
 
 

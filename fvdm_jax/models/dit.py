@@ -12,10 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fvdm_jax import sharding
 from fvdm_jax.kernels.attention import attention
 from fvdm_jax.models.layers import (
+    ATTENTION,
     Dense,
     LayerNorm,
     RMSNorm,
@@ -52,7 +55,6 @@ class DiTConfig:
     image_width: int = 0
     image_tokens: int = 0
     dtype: str = "bfloat16"
-    remat: bool = False
 
 
 _14B = DiTConfig(5120, 13824, 40, 40)
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         if image is not None:
             k, v = self._heads("k_img", image, norm="norm_k_img"), self._heads("v_img", image)
             out = out + attention(q, k, v)
-        out = rearrange(out, "b n a k -> b n (a k)")
+        out = checkpoint_name(rearrange(out, "b n a k -> b n (a k)"), ATTENTION)
         return Dense(self.config.width, ("heads", "embed"), self.config.dtype, name="o")(out)
 
     def _heads(self, name, x, norm=None):
@@ -140,6 +142,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: FrameTokens, embedded, text, image, rope):
         c, dtype, frames = self.config, self.config.dtype, x.shape[1]
+        x = sharding.constrained(x, sharding.TOKENS)
         table = modulation_table(self, 6, c.width)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split_modulation(table, embedded)
 
@@ -215,11 +218,13 @@ class DiT(nn.Module):
 
     `text` [b l e] is zero after each prompt's true length and is attended unmasked, as Wan does; h and w
     are even. float32 in, float32 out; inside `config.dtype`, with the time embedding, norms, modulation,
-    softmax and head in float32. `extra` is for the networks with 36 input channels.
+    softmax and head in float32. `extra` is for the networks with 36 input channels; `remat` a name of
+    `layers.REMAT`, which changes memory and not results.
     Source: Wan2.1 wan/modules/model.py; per frame as Wan2.2's, with the modulation not repeated per token.
     """
 
     config: DiTConfig
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x: Latents, timestep: Levels, text: TextStates, extra: Extra = NO_EXTRA) -> Latents:
@@ -236,22 +241,25 @@ class DiT(nn.Module):
         text = MLP(c.width, "gelu", c.dtype, name="text_embedding")(text)
         image = None if extra.image is None else ImageEmbedding(c, name="image_embedding")(extra.image)
 
-        tokens, _ = stacked(Block, c.layers, c.remat)(c, name="blocks")(
+        tokens, _ = stacked(Block, c.layers, self.remat)(c, name="blocks")(
             tokens, projected, text, image, rope_table((f, h, w), c.width // c.heads)
         )
         patches = Head(c, name="head")(tokens, time)
         return rearrange(patches, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h, p=PATCH, q=PATCH)
 
 
-def abstract(config: DiTConfig):
-    """The parameters of the network as shapes with logical axis names; none is allocated."""
+def example(config: DiTConfig) -> tuple[Latents, Levels, TextStates, Extra]:
+    """The smallest inputs that the network takes, of zeros."""
     x = jnp.zeros((1, 1, PATCH, PATCH, config.channels_out))
-    text = jnp.zeros((1, 1, config.text_width))
     extra = Extra(
         channels=jnp.zeros((1, 1, PATCH, PATCH, config.channels_in - config.channels_out))
         if config.channels_in > config.channels_out
         else None,
         image=jnp.zeros((1, config.image_tokens or 1, config.image_width)) if config.image_width else None,
     )
-    init = jax.eval_shape(DiT(config).init, jax.random.key(0), x, jnp.zeros((1, 1)), text, extra)
-    return init["params"]
+    return x, jnp.zeros((1, 1)), jnp.zeros((1, 1, config.text_width)), extra
+
+
+def abstract(config: DiTConfig):
+    """The parameters of the network as shapes with logical axis names; none is allocated."""
+    return jax.eval_shape(DiT(config).init, jax.random.key(0), *example(config))["params"]

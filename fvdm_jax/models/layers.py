@@ -89,14 +89,35 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-def stacked(layer: type[nn.Module], length: int, remat: bool = False):
+ATTENTION = "attention"
+"""The name under which what attention gives is kept for the gradient, by the policies below that keep it."""
+
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": None,
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names(ATTENTION),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What of a layer is kept for the gradient, by name: everything; nothing but its input; that and what its
+attentions gave, whose computation grows with the square of the tokens; the same, in the host's memory."""
+
+
+def stacked(layer: type[nn.Module], length: int, remat: str = "none"):
     """`layer` scanned over `length` layers: one compiled layer whatever the depth.
 
     The layer takes (x, *what is the same for all) and gives (x, None). Parameters and adapters are stacked
-    on a first axis named "layers"; with `remat` its insides are computed again for the gradient.
+    on a first axis named "layers"; what `remat`, a name of REMAT, does not keep is computed again for the
+    gradient.
     """
+    policy = REMAT[remat]
     return nn.scan(
-        nn.remat(layer, prevent_cse=False) if remat else layer,
+        nn.remat(layer, prevent_cse=False, policy=policy) if policy else layer,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,

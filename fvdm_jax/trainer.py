@@ -1,0 +1,282 @@
+"""From settings to a compiled training step over a mesh: shapes first, then where they lie, then arrays."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+
+from fvdm_jax import checkpoint, costs, levels, lora, sharding, training
+from fvdm_jax.config import Training
+from fvdm_jax.models import dit
+from fvdm_jax.process import PROCESSES
+from fvdm_jax.program import Refusal
+from fvdm_jax.shapes import Latents, Levels, TextStates
+from fvdm_jax.training import Batch, Objective, Recipe, TrainState
+from fvdm_jax.weights import WEIGHTS, together, uniform
+
+
+def _given(at: tuple[int, ...]) -> levels.Where:
+    return lambda key, frames: jnp.zeros(frames, bool).at[jnp.asarray(at)].set(True)
+
+
+FAMILIES = {
+    "equal": levels.scalar,
+    "random": levels.per_frame,
+    "first": levels.clean(levels.scalar, _given((0,))),
+    "ends": levels.clean(levels.scalar, _given((0, -1))),
+    "prefix": levels.clean(levels.scalar, levels.prefix),
+}
+"""Draws for which the error on held-out clips is told: all frames equal, each its own, and one level for
+those that are not given: all but the first frame, both ends, or any number of first frames."""
+
+
+class Trainer(NamedTuple):
+    """A run's functions, and where its arrays lie.
+
+    `state` and `frozen` are trees of shapes with shardings: of the TrainState, and of the parameters that
+    stand still beside adapters ({} where all are trained). `step(state, frozen, batch)` is compiled once and
+    takes over the state's memory; `errors(params, frozen, batch)` has the error for each of FAMILIES.
+    """
+
+    settings: Training
+    network: dit.DiTConfig
+    over: Mesh
+    recipe: Recipe
+    state: TrainState
+    frozen: dict
+    step: Callable
+    errors: Callable
+
+    def batch(self, latents: np.ndarray, text: np.ndarray, nothing: np.ndarray) -> Batch:
+        """This process's rows of a batch over the mesh; `nothing` [l e] is the same everywhere."""
+        clips = NamedSharding(self.over, sharding.CLIPS)
+        placed = (jax.make_array_from_process_local_data(clips, rows) for rows in (latents, text))
+        return Batch(*placed, self.whole(nothing))
+
+    def whole(self, array: np.ndarray) -> jax.Array:
+        """An array that every process has, on every device."""
+        place = sharding.replicated(self.over)
+        return jax.make_array_from_callback(array.shape, place, lambda at: array[at])
+
+    def start(self, params: dict | None = None) -> TrainState:
+        """The state before the first step, born in its place: of parameters as of `load`, or of none."""
+        places = jax.tree.map(_place, self.state)
+        make = partial(_start, self.settings, self.network, self.recipe.optimizer)
+        return jax.jit(make, out_shardings=places)(params)
+
+    def load(self) -> tuple[dict, dict | None]:
+        """What stands still, in its place, and the parameters that training starts from, if there are any.
+
+        Of a model's folder every device gets its part, and no host the whole.
+        """
+        if self.settings.fresh:
+            return self.invented(), None
+        wanted = self.frozen if self.settings.rank else self.state.params
+        tree = checkpoint.restore_onto(Path(self.settings.model), self.settings.part, wanted)
+        return (tree, None) if self.settings.rank else ({}, tree)
+
+    def invented(self) -> dict:
+        """What stands still, drawn at random, where there is no model to load."""
+        if not self.frozen:
+            return {}
+        draw = jax.jit(
+            partial(_drawn, self.network, self.frozen), out_shardings=jax.tree.map(_place, self.frozen)
+        )
+        return draw(jax.random.key(self.settings.seed))
+
+    def trained(self, state: TrainState) -> dict:
+        """What is exported of a state: its running average if it has one, else its parameters."""
+        return state.params if state.average is None else state.average
+
+    def stored(self) -> dict:
+        """The types in which the network's parameters are stored: as they are computed with."""
+        shapes = placed(self.over, dit.abstract(self.network), partial(_kept_as, self.network.dtype))
+        return jax.tree.map(lambda leaf: leaf.dtype, shapes)
+
+    def variables(self, params: dict, frozen: dict) -> dict:
+        """What is trained, with what stands still, as `velocity` takes it."""
+        if not self.settings.rank:
+            return {"dit": params}
+        return {"dit": frozen, "adapters": [(lora.scaled(params, self.settings.scale), 1.0)]}
+
+    def velocity(self, variables: dict, x: Latents, timestep: Levels, text: TextStates) -> Latents:
+        """What the network says with these variables, as `Networks.velocity` of a sampler."""
+        adapted = lora.variables(variables["dit"], variables.get("adapters", []))
+        return dit.DiT(self.network).apply(adapted, x, timestep, text)
+
+
+def build(settings: Training, network: dit.DiTConfig, devices: list | None = None) -> Trainer:
+    """The trainer of a network of these sizes over `devices`, or all of them; nothing is allocated.
+
+    Raises Refusal, named for the flag, where the mesh, the pattern of adapters or the batch does not fit.
+    """
+    devices = jax.devices() if devices is None else devices
+    try:
+        over = sharding.mesh(**sharding.sizes(settings.mesh, len(devices)), devices=devices)
+    except ValueError as wrong:
+        raise Refusal("--mesh", str(wrong)) from wrong
+    share = over.shape["data"] * over.shape["fsdp"]
+    if settings.batch % (share * settings.parts):
+        what = f"{settings.batch} clips in {settings.parts} parts do not divide among {share} devices"
+        raise Refusal("--batch", what, f"give a multiple of {share * settings.parts}")
+    if network.channels_in != network.channels_out or network.image_width:
+        what = "is of Wan's own image-to-video networks, which have inputs beside the noisy latents"
+        raise Refusal("--model", what, "train a text-to-video network; it learns the other tasks")
+    network = dataclasses.replace(network, dtype=settings.dtype or network.dtype)
+    base = dit.abstract(network)
+    trained, frozen = base, {}
+    if settings.rank:
+        try:
+            trained, frozen = lora.abstract(base, settings.rank, settings.where), base
+        except ValueError as wrong:
+            raise Refusal("--where", str(wrong)) from wrong
+    process = PROCESSES[settings.process]
+    weight = WEIGHTS[settings.weight](process)
+    weight = together(weight) if settings.together else weight
+    objective = Objective(process, settings.curriculum, weight, settings.dropout)
+    recipe = Recipe(objective, settings.optimizer.transformation(), settings.parts, settings.average)
+    state = _state(settings, network, recipe.optimizer, over, trained)
+    frozen = placed(over, frozen, partial(_kept_as, network.dtype))
+    apply = partial(_velocity, dit.DiT(network, settings.remat), settings)
+    step = jax.jit(
+        lambda state, frozen, batch: training.train_step(state, batch, partial(apply, frozen), recipe),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
+    )
+    errors = jax.jit(partial(_errors, apply, objective))
+    return Trainer(
+        settings,
+        network,
+        over,
+        recipe,
+        state,
+        frozen,
+        partial(_within, over, step),
+        partial(_within, over, errors),
+    )
+
+
+def _within(over: Mesh, function: Callable, *inputs):
+    """function(*inputs) with the mesh set, so that what is inside can say how it lies."""
+    with jax.set_mesh(over):
+        return function(*inputs)
+
+
+def _velocity(model, settings: Training, frozen, params, x: Latents, timestep: Levels, text: TextStates):
+    if not settings.rank:
+        return model.apply({"params": params}, x, timestep, text)
+    adapters = lora.scaled(params, settings.scale)
+    return model.apply(lora.variables(frozen, [(adapters, 1.0)]), x, timestep, text)
+
+
+def _errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
+    """The mean error of a clip with levels of each of FAMILIES, always the same levels and the same noise."""
+    plain = objective._replace(weight=uniform, dropout=0.0)
+
+    def noised(draw):
+        fixed = plain._replace(curriculum=levels.constant(draw))
+        return training.noised(fixed, batch, jnp.int32(0), jax.random.key(0))
+
+    def error(level: Levels) -> jax.Array:
+        _, measures = training.loss(params, first._replace(level=level), partial(apply, frozen), plain)
+        return measures.loss / measures.clips
+
+    first, *others = map(noised, FAMILIES.values())
+    found = jax.lax.map(error, jnp.stack([first.level, *(each.level for each in others)]))
+    return dict(zip(FAMILIES, found, strict=True))
+
+
+def _start(settings: Training, network: dit.DiTConfig, tx, params: dict | None = None) -> TrainState:
+    params_key, key = jax.random.split(jax.random.key(settings.seed))
+    if params is None and settings.rank:
+        params = lora.init(params_key, lora.abstract(dit.abstract(network), settings.rank, settings.where))
+    elif params is None:
+        params = _fresh(network, params_key)
+    return training.init(params, tx, key, settings.average > 0)
+
+
+def _fresh(network: dit.DiTConfig, key: jax.Array) -> dict:
+    inputs = dit.example(network)
+    return nn.meta.unbox(dit.DiT(network).init(key, *inputs)["params"])
+
+
+def _state(settings: Training, network, tx, over: Mesh, trained: dict) -> TrainState:
+    """The TrainState as shapes with shardings: moments and averages lie as what they are of."""
+    params = placed(over, trained, lambda path, leaf: jnp.float32)
+    shapes = jax.eval_shape(lambda: _start(settings, network, tx))
+    whole = sharding.replicated(over)
+    places = jax.tree.map(_place, params)
+    optimizer = optax.tree_map_params(
+        tx,
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes.optimizer,
+        places,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    lone = (
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for leaf in (shapes.step, shapes.key)
+    )
+    step, key = lone
+    return TrainState(step, params, optimizer, None if shapes.average is None else params, key)
+
+
+def placed(over: Mesh, abstract: dict, kind: Callable[[str, jax.ShapeDtypeStruct], object]) -> dict:
+    """Shapes with shardings for a tree of `abstract`, of the type that `kind(path, leaf)` says."""
+    if not abstract:
+        return {}
+    places = flatten_dict(sharding.shardings(over, abstract), sep="/")
+    leaves = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, kind(path, leaf), sharding=places[path])
+            for path, leaf in leaves.items()
+        },
+        sep="/",
+    )
+
+
+def _kept_as(dtype: str, path: str, leaf: jax.ShapeDtypeStruct):
+    """What stands still is kept as it is computed with: the kernels of blocks in the network's type."""
+    return jnp.dtype(dtype) if path.startswith("blocks/") and path.endswith("/kernel") else jnp.float32
+
+
+def _drawn(network: dit.DiTConfig, wanted: dict, key: jax.Array) -> dict:
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _fresh(network, key), wanted)
+
+
+def _place(leaf) -> NamedSharding:
+    return leaf.sharding
+
+
+def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
+    """What a run of clips of (f, h, w) will take, as lines: parameters, bytes, tokens, operations."""
+    settings, mib = trainer.settings, 2**20
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
+    still = sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
+    held = sum(_bytes(leaf) for leaf in jax.tree.leaves((trainer.state, trainer.frozen)))
+    gradients = sum(_bytes(leaf) for leaf in jax.tree.leaves(trainer.state.params))
+    flops = costs.training(trainer.network, clip, text, trained if settings.rank else 0) * settings.batch
+    shape = ", ".join(f"{name} {size}" for name, size in trainer.over.shape.items())
+    return [
+        f"parameters   {trained:,} trained, {still:,} still",
+        f"mesh         {trainer.over.size} × {trainer.over.devices.flat[0].device_kind}: {shape}",
+        f"a device     {held / mib:,.0f} MiB held, {gradients / mib:,.0f} MiB of gradients, and activations",
+        f"a clip       {clip[0]} × {clip[1]} × {clip[2]} latents, {costs.tokens(clip):,} tokens",
+        f"a step       {settings.batch} clips in {settings.parts} parts, {flops:.3g} operations",
+    ]
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on one device."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
