@@ -215,17 +215,22 @@ def _state(settings: Training, network, tx, over: Mesh, trained: dict) -> TrainS
     shapes = jax.eval_shape(lambda: _start(settings, network, tx))
     whole = sharding.replicated(over)
     places = jax.tree.map(_place, params)
+
+    def like(leaf, place):
+        # Where one rule has nothing to do with a parameter, its state has a mask instead of a moment.
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
     optimizer = optax.tree_map_params(
         tx,
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        like,
         shapes.optimizer,
         places,
-        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        transform_non_params=lambda leaf: like(leaf, whole),
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
-    lone = (
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for leaf in (shapes.step, shapes.key)
-    )
-    step, key = lone
+    step, key = like(shapes.step, whole), like(shapes.key, whole)
     return TrainState(step, params, optimizer, None if shapes.average is None else params, key)
 
 

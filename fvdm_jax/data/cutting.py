@@ -127,7 +127,8 @@ def _probed(source: Source, cut: Cut) -> media.Media:
     numbers = [int(re.search(r"[0-9]+$", path.stem)[0]) for path in source.pictures]
     for before, number in itertools.pairwise(numbers):
         if number != before + 1:
-            what = f"has {'two pictures' if number == before else 'no picture'} of number {before + 1}"
+            twice = number == before
+            what = f"has two pictures of number {number}" if twice else f"has no picture {before + 1}"
             raise Refusal(source.path, what, "number its pictures without gaps")
     first = video.probe(source.pictures[0])
     count = len(source.pictures)

@@ -22,7 +22,7 @@ from fvdm_jax.prompts import TOKENIZERS, Reader, fingerprint, trimmed
 
 
 def identity(model: Path) -> str:
-    """A hash of the configs and weights that encode, and of the tokenizer; copies of a folder have the same."""
+    """A hash of the configs and weights that encode, and of the tokenizer; copies have the same one."""
     config = json.loads((model / "config.json").read_text("utf-8"))
     files = [path for name in TOKENIZERS if (path := model / name).is_file()][:1]
     for name in PARTS:

@@ -136,7 +136,8 @@ def parse(argv: Sequence[str]) -> Job:
         raise Refusal("--out", "is missing", "give the folder of records, or --report")
     if given.out and "://" not in given.out and Path(given.out).exists() and not Path(given.out).is_dir():
         raise Refusal("--out", f"{plain(given.out)} is no folder", "give a folder, or a name that is free")
-    cut = Cut(lengths, sizes, fps, given.clips, given.crop, given.fps_in, given.images)
+    # As a float, whoever says it: keys of records depend on it.
+    cut = Cut(lengths, sizes, float(fps), given.clips, given.crop, given.fps_in, given.images)
     names = ("out", "model", "caption", "batch", "dtype", "process", "distributed", "report", "allow_drop")
     chosen = {name: getattr(given, name) for name in names}
     return Job(sources=tuple(given.source), cut=cut, shard=int(given.shard * 2**20), **chosen)

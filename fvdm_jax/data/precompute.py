@@ -104,7 +104,8 @@ def _encode(job: Job, looked: Sequence[Row]) -> None:
             print(f"{len(gone):,} older records of the same files are replaced")
     for refusal in damaged:
         print(f"note: left out: {refusal}".replace("error: ", ""), file=sys.stderr)
-    print(f"wrote {len(todo) - len(damaged):,} records; {job.out} holds {len(load(job.out).entries):,}")
+    holds = len(load(job.out).entries) if writer.done else 0
+    print(f"wrote {len(todo) - len(damaged):,} records; {job.out} holds {holds:,}")
 
 
 def _fill(job: Job, todo: list[Todo], encoder, writer, stages: Stages) -> list[Refusal]:
