@@ -25,6 +25,8 @@ ComfyUI have it, or hf:OWNER/REPO. What is in it is told from its contents; seve
   python -m convert model wan --to official           and back
   python -m convert lora.safetensors adapters         a LoRA, to be used with sample --lora
   python -m convert Wan2.1-T2V-1.3B/ model --lora style.safetensors:0.8      merged into the transformer
+  python -m convert DATASET model records      clips that Pusa's own program has encoded for training, as
+                                               records; `model` (it may be left out) tells the empty prompt
 
 OUT is there when it is whole, and not before.
 """
@@ -32,6 +34,7 @@ OUT is there when it is whole, and not before.
 
 LAYOUTS = ("official", "diffusers", "comfy", "pusa", "peft")
 FOR_BACK = ("source", "out", "to", "dry_run", "debug")
+FOR_CLIPS = ("source", "out", "dry_run", "debug")
 
 
 def parser() -> Parser:
@@ -59,11 +62,15 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     """Converts what `argv` says."""
+    from . import caches
+
     given = parser().parse_args(argv)
     try:
         _check(given, vars(parser().parse_args(["SOURCE", "OUT"])))
         if given.to:
             _back(given)
+        elif caches.lie_in(Path(given.source[0])):
+            _clips(given)
         else:
             _convert(given)
     except OSError as failure:
@@ -103,6 +110,29 @@ def _back(given) -> None:
     with folder_output(given.out) as draft, _bar("convert", job.bytes) as progress:
         job.fill(draft, progress)
     print(_told(given.out, job.bytes, time.perf_counter() - began))
+
+
+def _clips(given) -> None:
+    """Makes records of clips that are encoded already, or adds them to those that are there."""
+    from . import caches
+
+    unset = vars(parser().parse_args(["SOURCE", "OUT"]))
+    if late := [name for name in unset if vars(given)[name] != unset[name] and name not in FOR_CLIPS]:
+        raise Refusal(f"--{late[0].replace('said', 'as')}", "has no effect on encoded clips", "leave it out")
+    folder, *models = map(Path, given.source)
+    if len(models) > 1:
+        raise Refusal(plain(models[1]), "is one source too many", "give DATASET [MODEL] OUT")
+    found = caches.find(folder)
+    size = sum(cache.latents.bytes + cache.states.bytes for cache in found)
+    print(f"{folder}: {len(found):,} clips that Pusa's program has encoded, {size / 1e6:,.1f} MB")
+    if given.dry_run:
+        return
+    _check_room(given.out, size)
+    with _bar("import", size) as progress:
+        added = caches.write(given.out, found, models[0] if models else None, progress)
+    print(f"{len(found) - added:,} of {len(found):,} already there; wrote {added:,} records to {given.out}")
+    if not models:
+        print("note: without the MODEL that has encoded them, captions cannot be left out in training")
 
 
 def _convert(given) -> None:

@@ -45,6 +45,25 @@ def read(path: Path) -> dict[str, Tensor]:
 
     Raises Refusal, naming file and tensor, for anything but such a dict in a zip file that is whole.
     """
+    return _tensors(path, _state(path, _found(path)))
+
+
+def read_grouped(path: Path) -> dict[str, Tensor]:
+    """As `read`, but a dict in the file may hold dicts of tensors, whose keys are joined to its own by "/"."""
+    found = _found(path)
+    demand(type(found) is dict, path, "holds no dict of tensors", _SAFER)
+    groups = {key: value if type(value) is dict else {"": value} for key, value in found.items()}
+    flat = {f"{key}/{name}".rstrip("/"): v for key, group in groups.items() for name, v in group.items()}
+    demand(len(flat) == sum(map(len, groups.values())), path, "has a key twice", _SAFER)
+    return _tensors(path, _state(path, flat))
+
+
+def _tensors(path: Path, views: dict[str, "_View"]) -> dict[str, Tensor]:
+    return {key: Tensor(path, v.record.dtype, v.shape, partial(v.elements, key)) for key, v in views.items()}
+
+
+def _found(path: Path) -> object:
+    """What the program of a file gives. Raises Refusal as `read` does."""
     size, head = files.size_of(path), files.look(path)
     demand(head[257:262] != b"ustar", path, "is a tar file, which is not read", _SAFER)
     named = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
@@ -60,8 +79,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if name == "byteorder":
             order = plain(records[name].content, 40)
             demand(records[name].content == b"little", path, f"has byte order {order}, not little", _SAFER)
-    found = _state(path, _Machine(path, records).run())
-    return {key: Tensor(path, v.record.dtype, v.shape, partial(v.elements, key)) for key, v in found.items()}
+    return _Machine(path, records).run()
 
 
 def _state(path: Path, found: object) -> dict[str, "_View"]:

@@ -163,7 +163,8 @@ def restore_onto(folder: Path, name: str, wanted: dict) -> dict:
 
     try:
         with safe_open(path, "np") as file:
-            found = {key: jax.ShapeDtypeStruct(file.get_slice(key).get_shape(), None) for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            found = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in shapes.items()}
             _check(path, unflatten_dict(found, sep="/"), wanted)
 
             def placed(key: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -182,7 +183,7 @@ def _restored(folder: Path, wanted: dict) -> dict:
     try:
         handler = ocp.PyTreeCheckpointer()
         stored = handler.metadata(folder).item_metadata.tree
-        _check(folder, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, None), stored), wanted)
+        _check(folder, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored), wanted)
         args = ocp.checkpoint_utils.construct_restore_args(wanted)
         return handler.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args))
     except (OSError, ValueError, KeyError) as broken:

@@ -48,10 +48,10 @@ class Previews(NamedTuple):
             inputs = (self.prompts, self.settings["guidance"], noise, task.canvas, rows)
             made = np.asarray(self.program(variables, *inputs))
             if jax.process_index() == 0:
-                written += self._written(f"step_{step:06d}_{name}", made, np.asarray(task.strength))
+                written += self._written(f"step_{step:06d}_{name}", made, np.asarray(task.strength).tolist())
         return written
 
-    def _written(self, name: str, made: np.ndarray, strength: np.ndarray) -> list[Path]:
+    def _written(self, name: str, made: np.ndarray, strength: list[float]) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not has_vae(self.model):
             path = self.folder / f"{name}{latents.SUFFIX}"

@@ -125,10 +125,13 @@ def test_adapters_train_as_by_hand(rank):
     settings = dataclasses.replace(PLAIN, rank=rank, dropout=0.0)
     made = trainer.build(settings, SIZES, ONE)
     frozen, state = stood(made), made.start()
-    ours, rate, decay, (b1, b2) = state.params, 1e-3, 0.01, (0.9, 0.999)
+    rate, decay, (b1, b2) = 1e-3, 0.01, (0.9, 0.999)
     by_hand = jax.tree.map(np.asarray, state.params)
     first = second = jax.tree.map(np.zeros_like, by_hand)
     network = dit.DiT(SIZES)
+
+    def adamw(even1, even2, p, m, v):
+        return p - rate * (m / even1 / (jnp.sqrt(v / even2) + 1e-8) + decay * p)
 
     @jax.jit
     def slope(pairs, latents, text, step):
@@ -155,23 +158,18 @@ def test_adapters_train_as_by_hand(rank):
 
         return jax.grad(loss)(pairs)
 
-    key, losses = state.key, []
     for step in range(20):
         latents, text, nothing = clips(8, step)
         grads = slope(by_hand, latents, text, step)
         first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, first, grads)
         second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, second, grads)
-        by_hand = jax.tree.map(
-            lambda p, m, v: p - rate * (m / (1 - b1 ** (step + 1)) / (jnp.sqrt(v / (1 - b2 ** (step + 1))) + 1e-8) + decay * p),
-            by_hand, first, second,
-        )  # fmt: skip
+        even1, even2 = 1 - b1 ** (step + 1), 1 - b2 ** (step + 1)
+        by_hand = jax.tree.map(partial(adamw, even1, even2), by_hand, first, second)
         state, told = made.step(state, frozen, made.batch(latents, text, nothing))
-        losses.append(float(told["loss"]))
     moved = far(
         by_hand, lora.init(jax.random.split(jax.random.key(0))[0], lora.abstract(dit.abstract(SIZES), rank))
     )
-    print(moved, far(by_hand, state.params))
-    # AdamW divides by the root of the square of a gradient, which turns the rounding of small ones into steps.
+    # AdamW divides by the root of a gradient's square: the rounding of small ones becomes steps.
     assert far(by_hand, state.params) < 1e-5 < 1e-2 < moved
 
 
@@ -250,9 +248,8 @@ def test_small_updates_of_large_weights_are_not_lost():
     pairs = list(zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True))
     still = sum(int(np.sum(a == np.asarray(b))) for a, b in pairs) / sum(a.size for a, _ in pairs)
     lost = sum(int(np.sum(jnp.asarray(a, jnp.bfloat16) == jnp.asarray(b, jnp.bfloat16))) for a, b in pairs)
-    print(
-        f"{still:.2%} of float32 masters are unchanged, {lost / sum(a.size for a, _ in pairs):.0%} in bfloat16"
-    )
+    lost /= sum(a.size for a, _ in pairs)
+    print(f"{still:.2%} of float32 masters are unchanged; {lost:.0%} would be in bfloat16")
     assert still < 0.01
 
 
@@ -272,12 +269,14 @@ def test_an_average_follows():
     made = trainer.build(settings, SIZES, ONE)
     state = made.start()
     average = jax.tree.map(np.asarray, state.params)
+
+    def mixed(keep, old, new):
+        return keep * old + (1 - keep) * np.asarray(new)
+
     for step in range(3):
         state, _ = made.step(state, {}, made.batch(*clips(8, step)))
         keep = min(0.5, (1 + step) / (10 + step))
-        average = jax.tree.map(
-            lambda old, new: keep * old + (1 - keep) * np.asarray(new), average, state.params
-        )  # noqa: B023
+        average = jax.tree.map(partial(mixed, keep), average, state.params)
     assert far(average, state.average) < 1e-6
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fvdm_jax.data.pipeline import Batch, Batches
-from fvdm_jax.data.records import Manifest, Record
+from fvdm_jax.data.records import Manifest, Record, array
 from fvdm_jax.program import Refusal
 
 NOTHING = "null.safetensors"
@@ -84,11 +84,10 @@ def gathered(records: list[Record], length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _nothing(manifest: Manifest) -> np.ndarray:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors import SafetensorError, deserialize
 
     try:
-        return load(manifest.folder.read(NOTHING))["states"]
+        return array(dict(deserialize(manifest.folder.read(NOTHING)))["states"])
     except (OSError, SafetensorError, KeyError) as broken:
         what = f"{NOTHING}, the states of the empty prompt, cannot be read ({broken})"
         raise Refusal(manifest.folder.where, what, "run python -m fvdm_jax.data.precompute again") from broken

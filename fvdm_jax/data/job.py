@@ -10,7 +10,7 @@ from pathlib import Path
 from fvdm_jax.data.cutting import Cut
 from fvdm_jax.program import Parser, Refusal, number, plain, whole
 from fvdm_jax.request import PATCH, TINY
-from fvdm_jax.rules import RULES, between, sides, whole_from
+from fvdm_jax.rules import RULES, Rule, between, sides, whole_from
 
 PARTS = ("vae", "text")
 """What of a model encodes."""
@@ -121,17 +121,20 @@ def parse(argv: Sequence[str]) -> Job:
         usual.get(name) if getattr(given, name) is None else getattr(given, name)
         for name in ("frames", "size", "fps")
     )
+    for name, value in (("frames", lengths), ("size", sizes), ("fps", fps)):
+        if value is None:
+            raise Refusal(f"--{name}", "is missing, and the model's config.json has none", "give it")
     rules = {
         "frames": (lengths, RULES["frames"]),
         "size": (sizes, sides(multiple)),
-        "fps": ((fps,), RULES["fps"]),
-        "fps-in": ((given.fps_in,), lambda value: value and RULES["fps"](value)),
-        "caption": ((given.caption,), lambda value: value and RULES["prompt"](value)),
-        "batch": ((given.batch,), lambda value: None if value is None else whole_from(1, 4096)(value)),
-        "shard": ((given.shard,), between(0, 1e6)),
+        "fps": ([fps], RULES["fps"]),
+        "fps-in": ([given.fps_in], RULES["fps"]),
+        "caption": ([given.caption], RULES["prompt"]),
+        "batch": ([given.batch], whole_from(1, 4096)),
+        "shard": ([given.shard], between(0, 1e6)),
     }
     for name, (values, rule) in rules.items():
-        _obey(f"--{name}", values, rule)
+        _obey(f"--{name}", [value for value in values if value is not None], rule)
     if not given.report and not given.out:
         raise Refusal("--out", "is missing", "give the folder of records, or --report")
     if given.out and "://" not in given.out and Path(given.out).exists() and not Path(given.out).is_dir():
@@ -143,10 +146,8 @@ def parse(argv: Sequence[str]) -> Job:
     return Job(sources=tuple(given.source), cut=cut, shard=int(given.shard * 2**20), **chosen)
 
 
-def _obey(flag: str, values: Sequence | None, rule) -> None:
-    """Raises Refusal, named for the flag, where there is no value or one is against the rule."""
-    if values is None or values == (None,) and rule(None):
-        raise Refusal(flag, "is missing, and the model's config.json has none", "give it")
+def _obey(flag: str, values: Sequence, rule: Rule) -> None:
+    """Raises Refusal, named for the flag, where a value is against the rule."""
     for value in values:
         if wrong := rule(value):
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)

@@ -117,7 +117,7 @@ def unpack(payload: bytes) -> Record:
         raise ValueError(f"is of version {version}, and this program reads {VERSION}")
     if missing := {"latents", "states"} - stored.keys() | {"name", "caption"} - words.keys():
         raise ValueError(f"lacks {', '.join(sorted(missing))}")
-    record = Record(words["name"], words["caption"], _array(stored["latents"]), _array(stored["states"]))
+    record = Record(words["name"], words["caption"], array(stored["latents"]), array(stored["states"]))
     _check(record)
     return record
 
@@ -133,7 +133,8 @@ def _dtypes() -> dict[str, np.dtype]:
     return {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def _array(stored: dict) -> np.ndarray:
+def array(stored: dict) -> np.ndarray:
+    """An array as safetensors' `deserialize` gives it, which its own numpy side cannot read as bfloat16."""
     if stored["dtype"] not in (known := _dtypes()):
         raise ValueError(f"is stored as {stored['dtype']}, which is none of {', '.join(known)}")
     return np.frombuffer(stored["data"], known[stored["dtype"]]).reshape(stored["shape"])
