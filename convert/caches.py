@@ -36,7 +36,7 @@ class Cache(NamedTuple):
 
 def lie_in(folder: Path) -> bool:
     """Whether a folder has such files."""
-    return next((folder / "train").rglob(f"*{SUFFIX}"), None) is not None
+    return any(True for _ in (folder / "train").rglob(f"*{SUFFIX}"))
 
 
 def find(folder: Path) -> list[Cache]:
@@ -68,12 +68,11 @@ def find(folder: Path) -> list[Cache]:
 
 def _cache(path: Path, caption: str) -> Cache:
     found = torch_file.read_grouped(path)
-    if not {LATENTS, STATES} <= found.keys() or len(found[LATENTS].shape) != 4:
-        raise Refusal(path, f"has no {LATENTS} of four axes, or no {STATES}", "encode the clip again")
-    states = found[STATES]
-    if len(states.shape) != 3 or states.shape[0] != 1:
-        raise Refusal(path, f"has {STATES} of shape {states.shape}", "[1, length, width] is right")
-    return Cache(path, caption, found[LATENTS], states)
+    shapes = [found[key].shape if key in found else () for key in (LATENTS, STATES)]
+    if len(shapes[0]) != 4 or len(shapes[1]) != 3 or shapes[1][0] != 1:
+        what = f"has {LATENTS} of shape {shapes[0]} and {STATES} of shape {shapes[1]}"
+        raise Refusal(path, what, "[c, f, h, w] and [1, length, width] are right")
+    return Cache(path, caption, found[LATENTS], found[STATES])
 
 
 def write(out: Path, caches: list[Cache], model: Path | None, progress: Progress) -> int:
@@ -82,27 +81,25 @@ def write(out: Path, caches: list[Cache], model: Path | None, progress: Progress
     A `model`, whose networks have encoded the clips, is asked what it makes of the empty prompt. Raises
     Refusal where it is another one, and for clips of bad values.
     """
-    channels, (_, length, width) = caches[0].latents.shape[0], caches[0].states.shape
-    header, save_nothing = Header(channels, width, length, FPS, "encoded by Pusa's program", {}, {}), None
+    channels, (length, width) = caches[0].latents.shape[0], caches[0].states.shape[1:]
+    header = Header(channels, width, length, FPS, "encoded by Pusa's program", {}, {})
     if model:
         from fvdm_jax.data.encoder import Encoder
 
         encoder = Encoder(model, 1, "bfloat16", Stages())
-        header, save_nothing = encoder.header(FPS), encoder.save_nothing
+        header = encoder.header(FPS)
         if (header.channels, header.text_width, header.text_length) != (channels, width, length):
             what = f"is no model of these clips, of {channels} channels and text {length} long, {width} wide"
             raise Refusal(model, what, "give the one that has encoded them")
     with Writer(out, header) as writer:
-        before, keys = len(writer.done), set()
-        for cache in caches:
-            keys.add(_added(writer, cache))
-            progress(cache.latents.bytes + cache.states.bytes)
+        before = len(writer.done)
+        keys = {_added(writer, cache, progress) for cache in caches}
         added = len(writer.done) - before
-        if save_nothing:
-            save_nothing(writer.folder)
-    names = {_name(cache) for cache in caches}
-    if gone := [entry for entry in writer.entries if entry.name in names and entry.key not in keys]:
-        writer.supersede(gone)
+        if model:
+            encoder.save_nothing(writer.folder)
+        names = {_name(cache) for cache in caches}
+        if gone := [entry for entry in writer.entries if entry.name in names and entry.key not in keys]:
+            writer.supersede(gone)
     return added
 
 
@@ -110,7 +107,7 @@ def _name(cache: Cache) -> str:
     return os.path.abspath(cache.path).removesuffix(SUFFIX)
 
 
-def _added(writer: Writer, cache: Cache) -> str:
+def _added(writer: Writer, cache: Cache, progress: Progress) -> str:
     """Adds a clip that is not there yet; its key."""
     key = hashlib.sha256(f"{digest(cache.path)} {cache.caption}".encode()).hexdigest()
     if key not in writer.done:
@@ -120,4 +117,5 @@ def _added(writer: Writer, cache: Cache) -> str:
             writer.add(Record(_name(cache), cache.caption, latents, states), key)
         except ValueError as wrong:
             raise Refusal(cache.path, str(wrong), "encode the clip again") from wrong
+    progress(cache.latents.bytes + cache.states.bytes)
     return key

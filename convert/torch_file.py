@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_grouped(path: Path) -> dict[str, Tensor]:
-    """As `read`, but a dict in the file may hold dicts of tensors, whose keys are joined to its own by "/"."""
+    """As `read`, but the dict may hold dicts of tensors, whose keys are joined to its own by "/"."""
     found = _found(path)
     demand(type(found) is dict, path, "holds no dict of tensors", _SAFER)
     groups = {key: value if type(value) is dict else {"": value} for key, value in found.items()}

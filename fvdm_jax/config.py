@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -123,6 +124,9 @@ def load(path: Path) -> Callable[..., Training]:
     if spec is None:
         raise Refusal(path, "is no Python file", "give one that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    # So that a config can say how it differs from another one beside it.
+    if str(path.parent.resolve()) not in sys.path:
+        sys.path.append(str(path.parent.resolve()))
     spec.loader.exec_module(module)
     if not callable(vars(module).get("config")):
         raise Refusal(path, "has no function config", "see fvdm_jax/config.py")
@@ -132,11 +136,10 @@ def load(path: Path) -> Callable[..., Training]:
 def options(config: Callable[..., Training]) -> dict[str, object]:
     """The keyword arguments that a config takes and are plain enough for a flag, with their defaults."""
     parameters = inspect.signature(config).parameters.values()
-    plain = {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str)}
+    own = {p.name: p.default for p in parameters}
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        fields = {field.name: field.default for field in dataclasses.fields(Training)}
-        plain = {k: v for k, v in fields.items() if isinstance(v, bool | int | float | str)} | plain
-    return plain
+        own = vars(config()) | own
+    return {name: value for name, value in own.items() if isinstance(value, bool | int | float | str)}
 
 
 def add_flags(parser: argparse.ArgumentParser, config: Callable[..., Training]) -> None:

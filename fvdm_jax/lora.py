@@ -42,9 +42,11 @@ def abstract(params: dict, rank: int, where: str = TARGETS) -> dict:
         module, _, name = path.rpartition("/")
         if name == "kernel" and re.fullmatch(where, module):
             (*stack, fan_in, fan_out), (*layers, rows, columns) = box.value.shape, box.names
+            # Where the other axis is not one that lies along fsdp, the ranks do.
+            inner = [None if side == "embed" else "rank" for side in (rows, columns)]
             for part, shape, names in (
-                ("a", (*stack, fan_in, rank), (*layers, rows, None)),
-                ("b", (*stack, rank, fan_out), (*layers, None, columns)),
+                ("a", (*stack, fan_in, rank), (*layers, rows, inner[0])),
+                ("b", (*stack, rank, fan_out), (*layers, inner[1], columns)),
             ):
                 leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
                 pairs[f"{module}/{part}"] = nn.LogicallyPartitioned(leaf, names)

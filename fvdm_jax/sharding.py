@@ -15,6 +15,7 @@ TABLE = (
     ("embed", "fsdp"),
     ("embed_in", "fsdp"),
     ("conv_in", "fsdp"),
+    ("rank", "fsdp"),
 )
 """Logical axis of a parameter → axis of the mesh; what is not named is whole on every device."""
 

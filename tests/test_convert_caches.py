@@ -127,15 +127,15 @@ def test_what_is_no_cache_or_another_models_is_refused(capfd):
     listed("a.mp4,x", "b.mp4,y")
     cache("a.mp4", latents, states)
     for odd, what in (
-        ((latents[:, 0], states), "no latents of four axes"),
-        ((latents, states[0]), "prompt_emb/context of shape"),
+        ((latents[:, 0], states), "latents of shape (8, 4, 6)"),
+        ((latents, states[0]), "prompt_emb/context of shape (24, 16)"),
         ((latents[:4], states), "has (4, 24, 16) channels, text length and width"),
-        ((latents * np.nan, states), "not finite"),
+        ((np.full_like(latents, np.nan), states), "not finite"),
     ):
         cache("b.mp4", *odd)
         assert run(main, ["set", "out"]) == 2 and what in capfd.readouterr().err
     Path("set/train/b.mp4.tensors.pth").write_bytes(cases.saved(cases.GOOD))
-    with pytest.raises(Refusal, match="has no latents"):
+    with pytest.raises(Refusal, match=r"latents of shape \(\)"):
         main(["set", "out"])
     with pytest.raises(Refusal, match="--dtype: has no effect on encoded clips"):
         main(["set", "out", "--dtype", "float32"])

@@ -23,7 +23,7 @@ from fvdm_jax import checkpoint, video
 from fvdm_jax.data import precompute
 from fvdm_jax.data.encoder import identity
 from fvdm_jax.data.feed import NOTHING
-from fvdm_jax.data.job import parse
+from fvdm_jax.data.job import parse, parser
 from fvdm_jax.data.records import Reader, load, verify
 from fvdm_jax.models.tokenizer import byte_tokenizer
 from fvdm_jax.program import run
@@ -338,8 +338,6 @@ def test_a_run_stops_when_told_to_and_keeps_what_it_has(encode, monkeypatch):
 
 def test_the_flags_are_those_agreed():
     """A flag is a promise; adding, renaming or removing one changes this list first."""
-    from fvdm_jax.data.job import parser
-
     assert sorted(parser()._option_string_actions) == sorted(
         "-h --help --debug --out --model --frames --size --fps --fps-in --clips --crop --images --caption"
         " --report --allow-drop --dtype --batch --process --distributed --shard".split()

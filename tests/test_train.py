@@ -220,6 +220,6 @@ def test_what_is_missing_is_refused(config, tmp_path):
 def test_a_plan_says_what_a_run_takes(config, capsys):
     assert main([str(config), "--plan", "--rank", "3", "--steps", "7"]) == 0
     said = capsys.readouterr().out
-    assert "steps 7 (the config has 1000)" in said
+    assert "steps 7 (the config has 20)" in said
     assert "3 × 8 × 4 latents, 24 tokens" in said
     assert "text_to_video" in said and "autoregressive" in said
