@@ -1,10 +1,10 @@
-"""The training of FVDM (arXiv 2410.03160), from nothing: PTSS 0.2, DDPM, 16 frames of 256x256, by text or class.
+"""The training of FVDM (arXiv 2410.03160), from nothing: PTSS 0.2 and DDPM, at 256x256, by text or class.
 
     python -m fvdm_jax.data.precompute UCF-101/ --model wan21_1_3b --frames 13 --size 256x256 --out records
     python -m fvdm_jax.train configs/fvdm_scratch.py --data records --mesh fsdp=8 --out fvdm
 
-As published: AdamW at 1e-4 without decay, an average of 0.9999, captions (there: classes) dropped for one clip
-in ten, 500,000 steps; of each clip the coin is its own, where FVDM's code tosses one for a batch. The paper's
+As published: AdamW at 1e-4 without decay, an average of 0.9999, captions (there: classes) dropped for one
+clip in ten, 500,000 steps; of each clip the coin is its own, where FVDM's code tosses one for a batch. The paper's
 network is Latte-XL/2 (width 1152, 28 layers, 16 heads) on images' latents; this is a Wan transformer of like
 size on a VAE that makes one latent frame of four, so 13 frames are 4 latent ones. A class is given as a
 caption. Its learned variance is left out: DDIM does not use it.

@@ -1,7 +1,7 @@
 """Pusa's recipe for Wan2.2-TI2V-5B, which already knows a clean first frame, at 704x1280.
 
     python -m convert Wan2.2-TI2V-5B/ wan22_5b
-    python -m fvdm_jax.data.precompute clips/ --model wan22_5b --frames 121 --size 704x1280 --fps 24 --out records
+    python -m fvdm_jax.data.precompute clips/ --model wan22_5b --frames 121 --size 704x1280 --out records
     python -m fvdm_jax.train configs/pusa_ti2v_5b_lora.py --data records --mesh fsdp=8 --out pusa_5b
 
 What `--plan` says with `--mesh fsdp=8`: 2,141 MiB a device held, 308 MiB of gradients, 1.14e16 operations

@@ -2,9 +2,9 @@
 
     python -m convert Wan2.1-T2V-14B/ wan21_14b
     python -m fvdm_jax.data.precompute PusaV1_training/ --model wan21_14b --size 720x1280 --out clips
-    alias train="python -m fvdm_jax.train configs/pusa_wan21_14b_lora.py --data clips --mesh fsdp=8 --out pusa"
-    train
-    train --export lora
+    alias train="python -m fvdm_jax.train configs/pusa_wan21_14b_lora.py --data clips --mesh fsdp=8"
+    train --out pusa
+    train --out pusa --export lora
     python -m fvdm_jax.sample --model wan21_14b --lora lora:1.4 --keep 0=photo.jpg --prompt "…"
 
 As published: rank 512 on the ten matrices of a block (2,453,667,840 parameters), fully random levels, shift

@@ -4,9 +4,9 @@
     python -m fvdm_jax.data.precompute clips/ --model wan21_1_3b --out records
     python -m fvdm_jax.train configs/pusa_wan21_1_3b_lora.py --data records --out pusa_1_3b
 
-The rate is larger than Pusa's, since ranks are fewer. What `--plan` says for one device: 4,761 MiB held, 668 MiB of
-gradients, 6.41e15 operations a step, a clip at a time; activations come on top. Not run at
-this size.
+The rate is larger than Pusa's, since ranks are fewer. What `--plan` says for one device: 4,761 MiB held,
+668 MiB of gradients, 6.41e15 operations a step, a clip at a time; activations come on top. Not run at this
+size.
 """
 
 from pusa_wan21_14b_lora import config as larger

@@ -94,13 +94,12 @@ def write(out: Path, caches: list[Cache], model: Path | None, progress: Progress
     with Writer(out, header) as writer:
         before = len(writer.done)
         keys = {_added(writer, cache, progress) for cache in caches}
-        added = len(writer.done) - before
         if model:
             encoder.save_nothing(writer.folder)
         names = {_name(cache) for cache in caches}
         if gone := [entry for entry in writer.entries if entry.name in names and entry.key not in keys]:
             writer.supersede(gone)
-    return added
+    return len(writer.done) - before
 
 
 def _name(cache: Cache) -> str:

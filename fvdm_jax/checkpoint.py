@@ -183,7 +183,9 @@ def _restored(folder: Path, wanted: dict) -> dict:
     try:
         handler = ocp.PyTreeCheckpointer()
         stored = handler.metadata(folder).item_metadata.tree
-        _check(folder, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored), wanted)
+        _check(
+            folder, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), stored), wanted
+        )
         args = ocp.checkpoint_utils.construct_restore_args(wanted)
         return handler.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args))
     except (OSError, ValueError, KeyError) as broken:

@@ -119,15 +119,7 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
 
     Raises Refusal, named for the flag, where the mesh, the pattern of adapters or the batch does not fit.
     """
-    devices = jax.devices() if devices is None else devices
-    try:
-        over = sharding.mesh(**sharding.sizes(settings.mesh, len(devices)), devices=devices)
-    except ValueError as wrong:
-        raise Refusal("--mesh", str(wrong)) from wrong
-    share = over.shape["data"] * over.shape["fsdp"]
-    if settings.batch % (share * settings.parts):
-        what = f"{settings.batch} clips in {settings.parts} parts do not divide among {share} devices"
-        raise Refusal("--batch", what, f"give a multiple of {share * settings.parts}")
+    over = _mesh(settings, jax.devices() if devices is None else devices)
     if network.channels_in != network.channels_out or network.image_width:
         what = "is of Wan's own image-to-video networks, which have inputs beside the noisy latents"
         raise Refusal("--model", what, "train a text-to-video network; it learns the other tasks")
@@ -139,30 +131,45 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
             trained, frozen = lora.abstract(base, settings.rank, settings.where), base
         except ValueError as wrong:
             raise Refusal("--where", str(wrong)) from wrong
-    process = PROCESSES[settings.process]
-    weight = WEIGHTS[settings.weight](process)
-    weight = together(weight) if settings.together else weight
-    objective = Objective(process, settings.curriculum, weight, settings.dropout)
-    recipe = Recipe(objective, settings.optimizer.transformation(), settings.parts, settings.average)
+    recipe = _recipe(settings)
     state = _state(settings, network, recipe.optimizer, over, trained)
-    frozen = placed(over, frozen, partial(_kept_as, network.dtype))
     apply = partial(_velocity, dit.DiT(network, settings.remat), settings)
     step = jax.jit(
         lambda state, frozen, batch: training.train_step(state, batch, partial(apply, frozen), recipe),
         donate_argnums=0,
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
     )
-    errors = jax.jit(partial(_errors, apply, objective))
+    errors = jax.jit(partial(_errors, apply, recipe.objective))
     return Trainer(
         settings,
         network,
         over,
         recipe,
         state,
-        frozen,
+        placed(over, frozen, partial(_kept_as, network.dtype)),
         partial(_within, over, step),
         partial(_within, over, errors),
     )
+
+
+def _mesh(settings: Training, devices: list) -> Mesh:
+    try:
+        over = sharding.mesh(**sharding.sizes(settings.mesh, len(devices)), devices=devices)
+    except ValueError as wrong:
+        raise Refusal("--mesh", str(wrong)) from wrong
+    share = over.shape["data"] * over.shape["fsdp"]
+    if settings.batch % (share * settings.parts):
+        what = f"{settings.batch} clips in {settings.parts} parts do not divide among {share} devices"
+        raise Refusal("--batch", what, f"give a multiple of {share * settings.parts}")
+    return over
+
+
+def _recipe(settings: Training) -> Recipe:
+    process = PROCESSES[settings.process]
+    weight = WEIGHTS[settings.weight](process)
+    weight = together(weight) if settings.together else weight
+    objective = Objective(process, settings.curriculum, weight, settings.dropout)
+    return Recipe(objective, settings.optimizer.transformation(), settings.parts, settings.average)
 
 
 def _within(over: Mesh, function: Callable, *inputs):
@@ -171,11 +178,12 @@ def _within(over: Mesh, function: Callable, *inputs):
         return function(*inputs)
 
 
-def _velocity(model, settings: Training, frozen, params, x: Latents, timestep: Levels, text: TextStates):
+def _velocity(model, settings: Training, frozen: dict, params: dict, *inputs) -> Latents:
+    """What the network says of `inputs`: x, timestep, text."""
     if not settings.rank:
-        return model.apply({"params": params}, x, timestep, text)
+        return model.apply({"params": params}, *inputs)
     adapters = lora.scaled(params, settings.scale)
-    return model.apply(lora.variables(frozen, [(adapters, 1.0)]), x, timestep, text)
+    return model.apply(lora.variables(frozen, [(adapters, 1.0)]), *inputs)
 
 
 def _errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:

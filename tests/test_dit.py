@@ -143,17 +143,18 @@ def test_clips_of_a_batch_do_not_meet(small):
     np.testing.assert_allclose(run(x, level, text)[:1], alone, rtol=0, atol=5e-6)
 
 
-def test_rematerialised_layers_have_the_same_gradients(small):
+@pytest.mark.parametrize("remat", ["full", "attention", "offload"])
+def test_rematerialised_layers_have_the_same_gradients(small, remat):
     _, x, text = small
     params, level = Reference("dit_t2v").params, jnp.full((2, 3), 300.0)
 
     def energy(params, remat):
-        model = DiT(dataclasses.replace(TINY, remat=remat))
+        model = DiT(TINY, remat)
         return jnp.mean(model.apply({"params": params}, x, level, text) ** 2)
 
     slopes = jax.jit(jax.grad(energy), static_argnums=1)
-    assert "remat" in str(jax.make_jaxpr(lambda params: energy(params, True))(params))
-    for ours, plain in zip(*(jax.tree.leaves(slopes(params, r)) for r in (True, False)), strict=True):
+    assert "remat" in str(jax.make_jaxpr(lambda params: energy(params, remat))(params))
+    for ours, plain in zip(*(jax.tree.leaves(slopes(params, r)) for r in (remat, "none")), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-6)
         assert np.all(np.isfinite(ours)) and np.any(ours)
 

@@ -10,13 +10,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from einops import rearrange, repeat
+from einops import rearrange
 
 from convert import convert, names, wan
 from fvdm_jax import levels, trainer, training
@@ -37,7 +37,7 @@ SETTINGS = Training(
     optimizer=OPTIMISER,
     remat="none",
 )
-TURNS = 5
+TURNS = 3
 
 
 def reference(sizes: dit.DiTConfig):
@@ -67,16 +67,16 @@ def ours(sizes: dit.DiTConfig, params: dict, batches: list) -> Iterator[float]:
         yield float(told["loss"])
 
 
-def theirs(network, optimizer, batches: list, each: bool) -> Iterator[float]:
-    """The losses of step after step: with a timestep for every frame, which diffusers takes for every token,
-    or with the first frame's for all, which is another function and less to compute."""
+def theirs(network, optimizer, batches: list) -> Iterator[float]:
+    """The losses of step after step; diffusers takes the timestep of a frame for each of its tokens."""
     import torch
 
     for latents, text, noise, level in batches:
-        clean, noise = (torch.from_numpy(rearrange(x, "b f h w c -> b c f h w").copy()) for x in (latents, noise))
-        l = torch.from_numpy(level if each else np.broadcast_to(level[:, :1], level.shape).copy())
-        tokens = latents.shape[2] // dit.PATCH * (latents.shape[3] // dit.PATCH)
-        timestep = 1000 * (l.repeat_interleave(tokens, 1) if each else l[:, 0])
+        clean, noise = (
+            torch.from_numpy(rearrange(x, "b f h w c -> b c f h w").copy()) for x in (latents, noise)
+        )
+        l = torch.from_numpy(level)
+        timestep = 1000 * l.repeat_interleave(latents.shape[2] * latents.shape[3] // dit.PATCH**2, 1)
         l = l[:, None, :, None, None]
         said = network((1 - l) * clean + l * noise, timestep, torch.from_numpy(text)).sample
         loss = torch.nn.functional.mse_loss(said, noise - clean)
@@ -96,28 +96,58 @@ def drawn(sizes: dit.DiTConfig, clip: tuple[int, int, int], text: int, steps: in
         states = rng.standard_normal((1, text, sizes.text_width), np.float32)
         batch = training.Batch(latents, states, np.zeros_like(states[0]))
         noised = training.noised(made.recipe.objective, batch, np.int32(step), jax.random.fold_in(key, step))
-        found.append((latents, states, np.asarray(noised.noise), np.asarray(noised.level)))
+        found.append((latents, states, np.array(noised.noise), np.array(noised.level)))
     return found
 
 
 def race() -> dict[str, dict[str, list[float]]]:
-    """Losses, seconds on the clock and of the CPU of each side's steps, the first of which warms up."""
+    """Each side's losses and seconds, of the clock and of the CPU for itself and for the kernel's work.
+
+    The first step of each, which compiles, is left out of the seconds.
+    """
     import torch
 
     torch.set_num_threads(2)
     network = reference(SIZES)
-    params = convert(wan.dit(), {names.official(k): v.detach().numpy() for k, v in network.state_dict().items()})
+    weights = {names.official(key): value.detach().numpy() for key, value in network.state_dict().items()}
+    params = convert(wan.dit(), weights)
     adamw = torch.optim.AdamW(network.parameters(), lr=OPTIMISER.rate, weight_decay=OPTIMISER.decay)
     batches = drawn(SIZES, CLIP, 512, 1 + TURNS)
-    sides = {"ours": ours(SIZES, params, batches), "theirs": theirs(network, adamw, batches, True)}
-    if os.environ.get("ONE"):
-        sides["one"] = theirs(network, adamw, batches, False)
-    taken = {name: {"loss": [], "clock": [], "cpu": []} for name in sides}
+    sides = {"ours": ours(SIZES, params, batches), "theirs": theirs(network, adamw, batches)}
+    taken = {name: {"loss": [], "clock": [], "user": [], "system": []} for name in sides}
     for turn in range(1 + TURNS):
         for name, side in sides.items():
-            began, cpu = time.perf_counter(), time.process_time()
-            found = next(side), time.perf_counter() - began, time.process_time() - cpu
-            for kind, value in zip(taken[name], found, strict=True):
-                taken[name][kind].append(value)
-            print(turn, name, found, os.getloadavg(), file=sys.stderr, flush=True)
+            clock, before = time.perf_counter(), os.times()
+            taken[name]["loss"].append(next(side))
+            clock, after = time.perf_counter() - clock, os.times()
+            seconds = clock, after.user - before.user, after.system - before.system
+            print(f"{turn} {name} {seconds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+            for kind, value in zip(("clock", "user", "system"), seconds, strict=True):
+                taken[name][kind] += [value] if turn else []
     return taken
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_a_training_step_against_torch(capsys):
+    """Some minutes on two cores and 18 GiB: the target is a ratio of 1, which is reported, not asserted."""
+    code = "import json; import test_throughput as t; print(json.dumps(t.race()))"
+    there = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "tests:.", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=there, stdout=subprocess.PIPE, text=True, check=True
+    )
+    taken = json.loads(done.stdout.splitlines()[-1])
+    middle = {}
+    for name, found in taken.items():
+        cpu = statistics.median(map(sum, zip(found["user"], found["system"], strict=True)))
+        middle[name] = statistics.median(found["clock"]), cpu, statistics.median(found["system"])
+    (clock, cpu, _), (their_clock, their_cpu, _) = middle["ours"], middle["theirs"]
+    with capsys.disabled():
+        for name, (seconds, of_cpu, system) in middle.items():
+            print(
+                f"\n{name}: {seconds:.1f} s, of the CPU {of_cpu:.1f} s, the kernel's {system:.1f} s", end=""
+            )
+        print(f"\nours/torch: {clock / their_clock:.2f} on the clock, {cpu / their_cpu:.2f} of the CPU")
+    # Sums of 10^8 products in another order; torch's angle of the timestep is rounded to float32 besides.
+    assert abs(taken["ours"]["loss"][0] - taken["theirs"]["loss"][0]) < 1e-5
+    assert cpu / their_cpu < 2

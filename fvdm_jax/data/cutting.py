@@ -13,6 +13,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -176,22 +178,23 @@ def read(clips: Sequence[Clip], cut: Cut) -> Iterator[np.ndarray]:
 
     Each is scaled to cover its size, and cropped. Raises Refusal, named for the file, where it is damaged.
     """
-    from PIL import Image, ImageOps
-
     at = 0
-    with _pictures(clips[0].source, cut) as decoded:
+    # A frame is scaled while the next ones are decoded.
+    with _pictures(clips[0].source, cut) as decoded, ThreadPoolExecutor() as pool:
         for clip in clips:
-            place = centring(clip, cut)
             taken = islice(decoded, clip.skip - at, clip.skip - at + clip.frames)
-            found = [
-                np.asarray(ImageOps.fit(p, clip.size[::-1], Image.Resampling.LANCZOS, centering=place))
-                for p in taken
-            ]
+            found = list(pool.map(partial(_covering, size=clip.size, place=centring(clip, cut)), taken))
             at = clip.skip + clip.frames
             if len(found) < clip.frames:
                 short = f"{at} frames promised, {clip.skip + len(found)} found"
                 raise Refusal(clip.source.path, short, "give a whole file")
             yield np.stack(found)
+
+
+def _covering(picture, size: tuple[int, int], place: tuple[float, float]) -> np.ndarray:
+    from PIL import Image, ImageOps
+
+    return np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS, centering=place))
 
 
 def centring(clip: Clip, cut: Cut) -> tuple[float, float]:

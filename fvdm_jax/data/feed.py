@@ -39,7 +39,10 @@ class Feed(NamedTuple):
 
 
 def recorded(folder: str, sizes: Sizes, seed: int, held_out: int, process: tuple[int, int]) -> Feed:
-    """The feed of a folder of records. Raises Refusal where it is none, or not for such a network."""
+    """The feed of a folder of records. Raises Refusal where it is none, or not for such a network.
+
+    Where the folder does not say what the empty prompt's states are, `nothing` is zeros, and `told` says so.
+    """
     batches = Batches(folder, sizes.batch, seed, held_out, process)
     header = batches.manifest.header
     if (header.channels, header.text_width) != (sizes.channels, sizes.width):
@@ -47,9 +50,14 @@ def recorded(folder: str, sizes: Sizes, seed: int, held_out: int, process: tuple
         right = f"the network takes {sizes.channels} and {sizes.width}: encode the clips with its own model"
         raise Refusal(folder, what, right)
     found = [record for records in batches.held_out().values() for record in records]
-    nothing = _padded(_nothing(batches.manifest), header.text_length)
+    told, nothing = batches.describe(), np.zeros((0, header.text_width), np.float32)
+    if NOTHING in batches.manifest.folder.sizes():
+        nothing = _nothing(batches.manifest)
+    else:
+        told += f"\nnote: without {NOTHING} a caption that is dropped is all zeros"
+    nothing = _padded(nothing, header.text_length)
     clip = max(batches.buckets, key=np.prod)
-    return Feed(batches.stream, nothing, found, clip, batches.describe(), batches.bad)
+    return Feed(batches.stream, nothing, found, clip, told, batches.bad)
 
 
 def invented(

@@ -55,7 +55,8 @@ class Job:
 
 def parser() -> Parser:
     """The flags of the program."""
-    flags = Parser(prog="python -m fvdm_jax.data.precompute", description=__doc__, epilog=EPILOG)
+    told = "Encodes clips and captions for training, into shards of records."
+    flags = Parser(prog="python -m fvdm_jax.data.precompute", description=told, epilog=EPILOG)
     add = flags.add_argument
     add("source", nargs="+", type=Path, metavar="SOURCE", help="clips, folders of clips, tables of captions")
     add("--out", metavar="DIR", help="the folder of records, or its address, such as gs://bucket/clips")
