@@ -4,10 +4,10 @@
     python -m fvdm_jax.train configs/fvdm_scratch.py --data records --mesh fsdp=8 --out fvdm
 
 As published: AdamW at 1e-4 without decay, an average of 0.9999, captions (there: classes) dropped for one
-clip in ten, 500,000 steps; of each clip the coin is its own, where FVDM's code tosses one for a batch. The paper's
-network is Latte-XL/2 (width 1152, 28 layers, 16 heads) on images' latents; this is a Wan transformer of like
-size on a VAE that makes one latent frame of four, so 13 frames are 4 latent ones. A class is given as a
-caption. Its learned variance is left out: DDIM does not use it.
+clip in ten, 500,000 steps; of each clip the coin is its own, where FVDM's code tosses one for a batch. The
+paper's network is Latte-XL/2 (width 1152, 28 layers, 16 heads) on images' latents; this is a Wan transformer
+of like size on a VAE that makes one latent frame of four, so 13 frames are 4 latent ones. A class is given as
+a caption. Its learned variance is left out: DDIM does not use it.
 
 What `--plan` says for one device: 9,325 MiB held, 2,331 MiB of gradients, 3.24e13 operations a step;
 activations come on top. The paper's runs took two to eight A800. Not run at this size.

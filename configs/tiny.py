@@ -265,13 +265,13 @@ def curriculum(step):
     return levels.mixture([ptss, *given], [0.65, 0.2, 0.15])
 
 
-def config(rate: float = 2e-3, steps: int = DIT_STEPS, **others) -> Training:
+def config(rule="adamw", rate=2e-3, steps=DIT_STEPS, **others) -> Training:
     tiny = {
         "dit": DIT_SIZES,
         "fresh": True,
         "data": str(RUNS / "records"),
         "curriculum": curriculum,
-        "optimizer": Optimiser("adamw", rate, warmup=steps // 20, steps=steps, schedule="cosine", clip=1.0),
+        "optimizer": Optimiser(rule, rate, warmup=steps // 20, steps=steps, schedule="cosine", clip=1.0),
         "batch": 16,
         "average": 0.998,
         "remat": "none",

@@ -20,9 +20,9 @@ FLOORS = {
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs",
     3: "coverage kernels.attention models.layers models.causal",
-    2: "stopping program machine progress media clips decode video keeps latents rules request explain sharding"
-    " process schedule tasks levels weights optimisers models.tokenizer data.source data.folder data.records"
-    " data.pipeline data.feed data.captions data.corpus data.cutting",
+    2: "stopping program machine progress media clips decode video keeps latents rules request explain"
+    " sharding process schedule tasks levels weights optimisers models.tokenizer data.source data.folder"
+    " data.records data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }
 PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}
