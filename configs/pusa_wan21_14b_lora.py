@@ -34,6 +34,6 @@ def config(model="wan21_14b", rate=1e-5, shift=5.0, **others) -> Training:
         "optimizer": Optimiser("adamw", rate, decay=0.01, decay_all=True),
         "steps": 900,
         "batch": 8,
-        "remat": "attention",
+        "remat": "full",
     }
     return Training(model=model, **published | others)

@@ -18,10 +18,12 @@ had 3,900 steps of Muon at 1e-3 after 2,700 of AdamW. Photographs come out of it
 shapes at 24.9 dB. What it generates has the background and the colour that the prompt asks for; shapes are
 rough and do not move as they are told.
 
-Eight clips are learned by heart, as a check of the trainer:
+Eight clips are learned by heart, as a check of the trainer (loss 1.85 at first, 0.13 at the end, in
+15 minutes on two busy cores):
 
     python configs/tiny.py records 8
-    python -m fvdm_jax.train configs/tiny.py --out runs/eight --held-out 0 --batch 8 --steps 600
+    alias train="python -m fvdm_jax.train configs/tiny.py --held-out 0"
+    train --out runs/eight --batch 8 --steps 1000 --rule muon --rate 5e-3
 """
 
 import dataclasses

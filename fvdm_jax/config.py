@@ -160,14 +160,10 @@ def add_flags(parser: argparse.ArgumentParser, config: Callable[..., Training]) 
 
 
 def snapshot(training: Training) -> dict:
-    """The settings as JSON has them; functions by their names."""
-    fields = dataclasses.asdict(training) | {"curriculum": described(training.curriculum)}
+    """The settings as JSON has them; of the curriculum, a function, the config's options must tell."""
+    fields = dataclasses.asdict(training)
+    del fields["curriculum"]
     return json.loads(json.dumps(fields, default=str))
-
-
-def described(function: Callable) -> str:
-    """What a config calls a function."""
-    return vars(function).get("name") or function.__qualname__
 
 
 def differences(ours: dict, theirs: dict) -> Iterator[tuple[str, object, object]]:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvdm_jax import lora
+from fvdm_jax.config import Training
 from fvdm_jax.models.dit import SIZES
-from fvdm_jax.program import Refusal, folder_output
+from fvdm_jax.program import folder_output
 from fvdm_jax.trainer import Trainer
 
 IDLE = 1e-6
@@ -39,11 +40,25 @@ def write(out: Path, trainer: Trainer, learned: dict) -> None:
             said = _said(base, file)
             if file == "config.json":
                 said[name] = told
+                if "sampling" in said:
+                    said["sampling"] = sampling(settings, said["sampling"])
             else:
                 said.setdefault("networks", {})[name] = told
             (draft / file).write_text(json.dumps(said, indent=1) + "\n", "utf-8")
         if base is not None:
             _take_over(base, draft, name)
+
+
+def sampling(settings: Training, stored: dict) -> dict:
+    """How a model that was trained so is sampled: as `stored` says, unless its process is another."""
+    if stored["process"] == settings.process:
+        return stored
+    steps = {"flow": {"spacing": "wan", "solver": "unipc"}}
+    return (
+        stored
+        | {"process": settings.process}
+        | steps.get(settings.process, {"spacing": "ddpm", "solver": "euler"})
+    )
 
 
 def _save(folder: Path, tree: dict) -> None:
@@ -87,8 +102,6 @@ def changes(trainer: Trainer, learned: dict) -> list[str]:
     settings = trainer.settings
     if not settings.rank:
         return []
-    if not Path(settings.model).is_dir():
-        raise Refusal("--model", f"{settings.model} is no folder", "the changes are told beside its weights")
     frozen, _ = trainer.load()
     ratios = lora.changes(frozen, lora.scaled(learned, settings.scale))
     lines = ["module                              ‖ΔW‖/‖W‖, least   median    most"]

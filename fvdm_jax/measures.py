@@ -76,9 +76,8 @@ class Meter:
         if not told["finite"]:
             names = plain(", ".join(rows.names), 300)
             what = f"loss {float(told['loss'])}, gradient's norm {float(told['gradient'])}, of clips {names}"
-            raise Refusal(
-                f"step {step}", what, "the update was not made; begin again from the last checkpoint"
-            )
+            right = "lower --rate, or leave a clip out; the last checkpoint is sound"
+            raise Refusal(f"step {step}", what, right)
         self._record(step, told, rows, seconds)
 
     def _record(self, step: int, told: dict, rows, seconds: float) -> None:
@@ -92,7 +91,7 @@ class Meter:
         measures = {
             "loss": float(told["loss"]),
             "gradient": float(told["gradient"]),
-            "rate": float(settings.optimizer.rate_at(step - 1)),
+            "rate": float(told["rate"]),
             **bands,
             "seconds": seconds,
             "data_seconds": self._waited,
@@ -127,7 +126,10 @@ class Meter:
             self._log.write(step, {k: v for k, v in measures.items() if math.isfinite(v)})
         except OSError as failure:
             self.say(f"warning: the log cannot be written: {failure.strerror}")
-        self._last = time.perf_counter() if "loss" not in measures else self._last
+
+    def resume(self) -> None:
+        """Steps go on after something else was done, whose time is not theirs."""
+        self._last = time.perf_counter()
 
     def say(self, line: str) -> None:
         """One line above the progress."""
@@ -140,6 +142,8 @@ class Meter:
         self.say(
             f"{why} after step {step}, which is saved; {share:.1%} of the time was spent waiting for data"
         )
+        if self._bad:
+            self.say(f"warning: {len(self._bad)} records could not be read; others took their places")
 
 
 def _count(tree) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from fvdm_jax import checkpoint, latents, tasks, video
 from fvdm_jax.data.records import Record
+from fvdm_jax.export import sampling
 from fvdm_jax.guidance import Generation
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import outputs
 from fvdm_jax.samplers import SAMPLERS
 from fvdm_jax.schedule import SPACINGS, schedule
-from fvdm_jax.trainer import Trainer
+from fvdm_jax.sharding import replicated
+from fvdm_jax.trainer import Trainer, within
 
 TASKS = {"text": (), "image": (0,)}
 """Latent frames that are kept of the clip, by the task's name."""
@@ -82,5 +85,7 @@ def prepared(trainer: Trainer, folder: Path, clip: Record, prompts: tuple) -> Pr
     settings = json.loads((model / "config.json").read_text("utf-8")).get("sampling")
     if settings is None:
         return None
+    settings = sampling(trainer.settings, settings)
     made = Generation(PROCESSES[trainer.settings.process], SAMPLERS[settings["solver"]])
-    return Previews(folder, model, settings, clip, prompts, jax.jit(made.program(trainer.velocity)))
+    program = jax.jit(made.program(trainer.velocity), out_shardings=replicated(trainer.over))
+    return Previews(folder, model, settings, clip, prompts, partial(within, trainer.over, program))

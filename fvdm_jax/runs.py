@@ -31,15 +31,18 @@ class Checkpoints:
     `keep_last` stay, and those of steps that `keep_every` divides.
     """
 
-    def __init__(self, folder: Path, settings: Training):
+    def __init__(self, folder: Path, settings: Training, read_only: bool = False):
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as rules
 
         keep = [rules.LatestN(settings.keep_last)]
         if settings.keep_every:
             keep.append(rules.EveryNSteps(settings.keep_every))
+        # What is being written beside one who only reads is not to be cleaned up.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=rules.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+            preservation_policy=None if read_only else rules.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager((folder / CHECKPOINTS).absolute(), options=options)
         self._told = {"settings": config.snapshot(settings), "versions": machine.versions(), **revision()}
@@ -58,12 +61,6 @@ class Checkpoints:
     def newest(self) -> int | None:
         """The step of the newest whole checkpoint, or None."""
         return self._manager.latest_step()
-
-    def told(self, step: int) -> dict:
-        """What a checkpoint says of its run: settings, position, revision, versions."""
-        import orbax.checkpoint as ocp
-
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def restore(self, step: int, wanted: TrainState) -> tuple[TrainState, Position]:
         """The state in the places of the shapes `wanted`, on whatever mesh it was saved; and its position."""
@@ -112,21 +109,27 @@ def revision() -> dict[str, str]:
     return {}
 
 
-def check(folder: Path, settings: Training) -> None:
-    """Raises Refusal where a run in the folder began with other settings of those that must not change."""
+def check(folder: Path, settings: Training, options: dict) -> list[str]:
+    """What differs from when the run in the folder began, if there is one, as lines to be shown.
+
+    `options` are the config's. Raises Refusal where what differs must not.
+    """
     path = folder / SETTINGS
     if not path.is_file():
-        return
-    began, now = json.loads(path.read_text("utf-8"))["settings"], config.snapshot(settings)
-    for name, ours, theirs in config.differences(now, began):
+        return []
+    began, now = json.loads(path.read_text("utf-8")), config.snapshot(settings)
+    for name, ours, theirs in config.differences(now, began["settings"]):
         if name in config.MUST_MATCH:
             what = f"is {ours!r}, and the run in {folder} began with {theirs!r}"
             raise Refusal(config.flag(name), what, "give that, or another --out")
+    changed = config.differences(options, began["options"])
+    return [f"{name} is {ours} (the run began with {theirs})" for name, ours, theirs in changed]
 
 
-def write_settings(folder: Path, settings: Training, source: Path) -> None:
-    """Writes what the run is, with the text of its config file."""
-    told = {"settings": config.snapshot(settings), "config": source.read_text("utf-8"), **revision()}
+def write_settings(folder: Path, settings: Training, options: dict, source: Path) -> None:
+    """Writes what the run is: its settings, the config's options that made them, and the config's text."""
+    told = {"settings": config.snapshot(settings), "options": options, **revision()}
+    told |= {"config": source.read_text("utf-8")}
     with outputs(folder / SETTINGS) as (draft,):
         draft.write_text(legible(told | {"versions": machine.versions()}) + "\n", "utf-8")
 

@@ -64,7 +64,9 @@ def deferred() -> Iterator[Callable[[], int]]:
 
     if threading.current_thread() is threading.main_thread():
         _spared[:] = [1]
-        before = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        for each in before:
+            signal.signal(each, note)
     try:
         yield lambda: 128 + noted[0] if noted else 0
     finally:

@@ -5,83 +5,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fvdm_jax.program import Parser, Refusal, leave, run, whole
+from fvdm_jax.program import Refusal, leave, run
 from fvdm_jax.stopping import deferred
+from fvdm_jax.train_request import Asked, parse
 
-HELP = """
-  python -m fvdm_jax.train CONFIG.py --help           the config's own flags too
-  python -m fvdm_jax.train CONFIG.py --out run        trains; goes on where a run in that folder has stopped
-  python -m fvdm_jax.train CONFIG.py --plan           what it will take, and how near it comes to each task
-  python -m fvdm_jax.train CONFIG.py --out run --export lora    what it has learned, for sample and convert
-  python -m fvdm_jax.train CONFIG.py --out run --synthetic --steps 20       without data
-Ctrl-C and SIGTERM save before the program ends (exit codes 130 and 143); a second one ends it at once.
-On every host of a pod the same command is run with --distributed, under Slurm and on GKE too.
-"""
-
-AHEAD = 8
-"""Batches that are read in advance."""
-
-
-def parser(config=None) -> Parser:
-    """The flags; those of a config are its own."""
-    flags = Parser(
-        prog="python -m fvdm_jax.train", description=__doc__, epilog=HELP, add_help=config is not None
-    )
-    flags.add_argument("config", metavar="CONFIG.py", help="a file of configs/, or your own")
-    flags.add_argument("--out", type=Path, help="the folder of the run: checkpoints, measures, samples")
-    flags.add_argument("--plan", action="store_true", help="say what the run will take, and stop")
-    flags.add_argument("--synthetic", action="store_true", help="train on noise, without data or weights")
-    flags.add_argument(
-        "--export", type=Path, metavar="FOLDER", help="write what the run has learned, and stop"
-    )
-    flags.add_argument(
-        "--profile", type=whole, default=0, metavar="N", help="trace N steps, after two of warm-up"
-    )
-    flags.add_argument(
-        "--distributed", action="store_true", help="one of several processes, as the environment says"
-    )
-    flags.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 is, instead of the environment"
-    )
-    flags.add_argument("--hosts", type=whole, help="how many processes there are")
-    flags.add_argument("--host", type=whole, help="which of them this is, from 0")
-    if config is not None:
-        from fvdm_jax.config import add_flags
-
-        add_flags(flags, config)
-    return flags
-
-
-class Asked(NamedTuple):
-    """What the command line says: the program's own flags, the settings, and what of them was changed."""
-
-    flags: object
-    settings: object
-    changed: dict
-
-
-def parse(argv: list[str]) -> Asked:
-    """Raises Refusal for a flag or a value that cannot be."""
-    path = next((word for word in argv if word.endswith(".py")), None)
-    if path is None:
-        if {"-h", "--help"} & set(argv):
-            Parser.print_help(parser())
-            raise SystemExit(0)
-        raise Refusal("CONFIG.py", "is missing", "give a file of configs/ first")
-    from fvdm_jax import config
-
-    function = config.load(Path(path))
-    flags = parser(function).parse_args(argv)
-    own = config.options(function)
-    given = {name: value for name, value in vars(flags).items() if name in own}
-    try:
-        settings = function(**given)
-    except ValueError as wrong:
-        raise Refusal(path, str(wrong)) from wrong
-    changed = {name: (own[name], value) for name, value in given.items() if value != own[name]}
-    if not (flags.plan or flags.out):
-        raise Refusal("--out", "is missing", "give the folder of the run, or --plan")
-    return Asked(flags, settings, changed)
+ASK = 10
+"""Steps after which processes ask each other whether one was told to stop."""
 
 
 def main(argv: list[str]) -> int:
@@ -107,9 +36,14 @@ def export(asked: Asked, made) -> int:
     """Writes what the newest checkpoint has learned to a folder, and tells how large the changes are."""
     from fvdm_jax import export, runs
 
-    runs.check(asked.flags.out, asked.settings)
-    checkpoints = runs.Checkpoints(asked.flags.out, asked.settings)
-    step = checkpoints.newest()
+    runs.check(asked.flags.out, asked.settings, asked.options)
+    if not Path(asked.settings.model).is_dir():
+        what = f"{asked.settings.model} is no folder"
+        raise Refusal("--model", what, "give the one that was trained from, beside which changes are told")
+    step = None
+    if (asked.flags.out / runs.CHECKPOINTS).is_dir():
+        checkpoints = runs.Checkpoints(asked.flags.out, asked.settings, read_only=True)
+        step = checkpoints.newest()
     if step is None:
         raise Refusal("--out", f"{asked.flags.out} holds no checkpoint", "train first")
     name = "average" if asked.settings.average else "params"
@@ -150,13 +84,11 @@ def sizes(asked: Asked):
 
 def feeding(asked: Asked, made):
     """Where the clips of the run come from."""
-    import jax
-
     from fvdm_jax.data import feed
 
     settings, network = asked.settings, made.network
     kind = feed.Sizes(settings.batch, network.channels_out, network.text_width, settings.text)
-    process = jax.process_index(), jax.process_count()
+    process = made.rows()
     if asked.flags.synthetic or asked.flags.plan and not settings.data:
         clip = tuple(map(int, settings.clip.split("x")))
         return feed.invented(clip, kind, settings.seed, settings.held_out, process)
@@ -181,8 +113,11 @@ def tell(asked: Asked, made, feed) -> None:
     print(feed.told)
     if asked.flags.plan:
         print("how near training comes to what each task asks, in its first step and in its last:")
-        for step in (0, asked.settings.steps - 1):
-            print(coverage.report(asked.settings.curriculum(step), feed.clip[0]))
+        reports = [
+            coverage.report(asked.settings.curriculum(step), feed.clip[0])
+            for step in (0, asked.settings.steps - 1)
+        ]
+        print(*dict.fromkeys(reports), sep="\n")
 
 
 class Session(NamedTuple):
@@ -196,7 +131,8 @@ class Session(NamedTuple):
     checkpoints: object
     log: object
     previews: object
-    held: object
+    held: list
+    nothing: object
     batches: Iterator
 
 
@@ -210,32 +146,34 @@ def begin(asked: Asked, made, feed, closing: contextlib.ExitStack) -> Session:
 
     settings, out, first = asked.settings, asked.flags.out, jax.process_index() == 0
     out.mkdir(parents=True, exist_ok=True)
-    runs.check(out, settings)
+    notes = runs.check(out, settings, asked.options)
     checkpoints = runs.Checkpoints(out, settings)
     closing.callback(checkpoints.close)
     invent = asked.flags.synthetic and not Path(settings.model).is_dir()
-    frozen, params = (made.invented(), None) if invent else made.load()
-    newest, position = checkpoints.newest(), runs.Position(0, 0)
+    newest, position, params, frozen = checkpoints.newest(), runs.Position(0, 0), None, {}
+    if settings.rank or newest is None:
+        frozen, params = (made.invented(), None) if invent else made.load()
     if newest is None:
         state = made.start(params)
         if first:
-            runs.write_settings(out, settings, Path(asked.flags.config))
+            runs.write_settings(out, settings, asked.options, Path(asked.flags.config))
     else:
-        del params
         state, position = checkpoints.restore(newest, made.state)
         if first:
-            print(f"goes on after step {newest} of {settings.steps}")
-    log = runs.Log(out, newest or 0) if first else None
+            print(*notes, f"goes on after step {newest} of {settings.steps}", sep="\n")
+    log = runs.Log(out, -1 if newest is None else newest) if first else None
     if log:
         closing.callback(log.close)
-    held = seen = None
-    if feed.held:
-        latents, text = gathered(feed.held, len(feed.nothing))
-        held = Batch(*map(made.whole, (latents, text, feed.nothing)))
-        if settings.sample_every:
-            seen = previews.prepared(made, out / "samples", feed.held[0], (text[:1], feed.nothing[None]))
+    seen, nothing = None, made.whole(feed.nothing)
+    groups = gathered(feed.held, len(feed.nothing))
+    held = [Batch(made.whole(latents), made.whole(text), nothing) for latents, text in groups]
+    if held and settings.sample_every:
+        seen = previews.prepared(made, out / "samples", feed.held[0], (groups[0][1][:1], feed.nothing[None]))
+    if settings.sample_every and seen is None and first:
+        print("note: no samples, for want of a clip that is held out or of a model that says how it samples")
     batches = feed.stream(position.batch, workers=settings.workers)
-    return Session(asked, made, feed, frozen, state, checkpoints, log, seen, held, batches)
+    closing.callback(batches.close)
+    return Session(asked, made, feed, frozen, state, checkpoints, log, seen, held, nothing, batches)
 
 
 def train(session: Session, stopped: Callable[[], int]) -> int:
@@ -251,18 +189,19 @@ def train(session: Session, stopped: Callable[[], int]) -> int:
         while step < settings.steps and not code:
             with meter.waiting():
                 rows = next(session.batches)
-                batch = made.batch(rows.latents, rows.states, session.feed.nothing)
+                batch = made.batch(rows.latents, rows.states, session.nothing)
             state, told = made.step(state, session.frozen, batch)
             step += 1
             # What a step told is read when the next one runs, so that the device never waits for the host.
             meter.step(step, told, rows)
             trace(step)
-            code = agreed(stopped())
+            code = agreed(stopped(), step)
+            if not code:
+                look(session, state, step, meter)
             if code or step == settings.steps or step % settings.save_every == 0:
                 meter.settle()
                 session.checkpoints.save(state, Position(step, step * settings.batch))
-            if not code:
-                look(session, state, step, meter)
+                meter.resume()
         meter.settle()
         session.checkpoints.wait()
         meter.finish(step, code)
@@ -271,28 +210,41 @@ def train(session: Session, stopped: Callable[[], int]) -> int:
 
 def look(session: Session, state, step: int, meter) -> None:
     """The error on held-out clips, and samples, where this step is one for them."""
+    import numpy as np
+
     made, settings = session.trainer, session.asked.settings
 
     def due(every: int) -> bool:
         return every > 0 and (step % every == 0 or step == settings.steps)
 
     params = made.trained(state)
-    if session.held is not None and due(settings.evaluate_every):
+    if session.held and due(settings.evaluate_every):
         meter.settle()
-        errors = made.errors(params, session.frozen, session.held)
-        meter.write(step, {f"held_out/{name}": float(error) for name, error in errors.items()})
+        every = [made.errors(params, session.frozen, batch) for batch in session.held]
+        counts = [len(batch.latents) for batch in session.held]
+        for_all = {
+            name: np.average([float(errors[name]) for errors in every], weights=counts) for name in every[0]
+        }
+        meter.write(step, {f"held_out/{name}": float(error) for name, error in for_all.items()})
+        meter.resume()
     if session.previews is not None and due(settings.sample_every):
         meter.settle()
         for path in session.previews.write(step, made.variables(params, session.frozen)):
             meter.say(f"wrote {path}")
+        meter.resume()
 
 
-def agreed(code: int) -> int:
-    """The exit code that any process was asked for, the same for all."""
+def agreed(code: int, step: int) -> int:
+    """The exit code that any process was asked for, the same for all; they ask every ASK steps.
+
+    To ask takes the device, which has to end its step first.
+    """
     import jax
 
     if jax.process_count() == 1:
         return code
+    if step % ASK:
+        return 0
     import numpy as np
     from jax.experimental import multihost_utils
 

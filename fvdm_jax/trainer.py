@@ -56,11 +56,30 @@ class Trainer(NamedTuple):
     step: Callable
     errors: Callable
 
-    def batch(self, latents: np.ndarray, text: np.ndarray, nothing: np.ndarray) -> Batch:
+    def rows(self) -> tuple[int, int]:
+        """(index, count): which block of a batch's rows this process is to give, of how many.
+
+        Processes over which only context or tensor lie give the same ones. Raises Refusal, named --mesh,
+        where a process's rows are not one block.
+        """
+        clips, batch = NamedSharding(self.over, sharding.CLIPS), self.settings.batch
+        held = clips.addressable_devices_indices_map((batch,)).values()
+        rows = {row for (at,) in held for row in range(*at.indices(batch))}
+        first, size = min(rows), len(rows)
+        if max(rows) - first + 1 != size or first % size or batch % size:
+            what = f"{self.settings.mesh!r} gives this process rows that are not one block"
+            raise Refusal("--mesh", what, "let context and tensor lie within a process")
+        return first // size, batch // size
+
+    def batch(self, latents: np.ndarray, text: np.ndarray, nothing: np.ndarray | jax.Array) -> Batch:
         """This process's rows of a batch over the mesh; `nothing` [l e] is the same everywhere."""
-        clips = NamedSharding(self.over, sharding.CLIPS)
-        placed = (jax.make_array_from_process_local_data(clips, rows) for rows in (latents, text))
-        return Batch(*placed, self.whole(nothing))
+        clips, count = NamedSharding(self.over, sharding.CLIPS), self.settings.batch
+
+        def placed(rows: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(clips, rows, (count, *rows.shape[1:]))
+
+        whole = nothing if isinstance(nothing, jax.Array) else self.whole(nothing)
+        return Batch(placed(latents), placed(text), whole)
 
     def whole(self, array: np.ndarray) -> jax.Array:
         """An array that every process has, on every device."""
@@ -71,7 +90,7 @@ class Trainer(NamedTuple):
         """The state before the first step, born in its place: of parameters as of `load`, or of none."""
         places = jax.tree.map(_place, self.state)
         make = partial(_start, self.settings, self.network, self.recipe.optimizer)
-        return jax.jit(make, out_shardings=places)(params)
+        return jax.jit(make, out_shardings=places, donate_argnums=0)(params)
 
     def load(self) -> tuple[dict, dict | None]:
         """What stands still, in its place, and the parameters that training starts from, if there are any.
@@ -135,7 +154,7 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
     state = _state(settings, network, recipe.optimizer, over, trained)
     apply = partial(_velocity, dit.DiT(network, settings.remat), settings)
     step = jax.jit(
-        lambda state, frozen, batch: training.train_step(state, batch, partial(apply, frozen), recipe),
+        partial(_step, apply, recipe, settings.optimizer),
         donate_argnums=0,
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
     )
@@ -147,8 +166,8 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         recipe,
         state,
         placed(over, frozen, partial(_kept_as, network.dtype)),
-        partial(_within, over, step),
-        partial(_within, over, errors),
+        partial(within, over, step),
+        partial(within, over, errors),
     )
 
 
@@ -172,10 +191,16 @@ def _recipe(settings: Training) -> Recipe:
     return Recipe(objective, settings.optimizer.transformation(), settings.parts, settings.average)
 
 
-def _within(over: Mesh, function: Callable, *inputs):
+def within(over: Mesh, function: Callable, *inputs):
     """function(*inputs) with the mesh set, so that what is inside can say how it lies."""
     with jax.set_mesh(over):
         return function(*inputs)
+
+
+def _step(apply, recipe: Recipe, optimizer, state: TrainState, frozen: dict, batch: Batch):
+    """`training.train_step`, and the rate: on the host it would have to wait for the device."""
+    moved, told = training.train_step(state, batch, partial(apply, frozen), recipe)
+    return moved, told | {"rate": optimizer.rate_at(state.step)}
 
 
 def _velocity(model, settings: Training, frozen: dict, params: dict, *inputs) -> Latents:

@@ -138,12 +138,14 @@ def test_a_run_goes_on_over_another_mesh(whole, killed, config, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_two_processes_are_as_one(whole, config, tmp_path):
+@pytest.mark.parametrize("mesh", ["data=8", "context=4,tensor=2"])
+def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
+    """Also where a clip lies across both, which then have the same rows to give."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     out = tmp_path / "run"
-    joined = "--coordinator", address, "--hosts", "2", "--host"
+    joined = "--coordinator", address, "--hosts", "2", "--mesh", mesh, "--host"
     processes = [elsewhere(config, out, *joined, str(i), devices=4) for i in range(2)]
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said

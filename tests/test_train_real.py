@@ -94,7 +94,7 @@ def test_all_parameters_are_exported_as_a_model(corpus):
     same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), params, base)
     assert all(jax.tree.leaves(same["vae"])) and not all(jax.tree.leaves(same["dit"]))
     sample.main(["--model", "new", "--out", "made.mp4"])
-    with pytest.raises(Refusal, match="new: exists"):
+    with pytest.raises(Refusal, match="--export: new exists"):
         train.main([*run, "--export", "new"])
 
 

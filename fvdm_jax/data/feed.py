@@ -84,11 +84,18 @@ def invented(
     return Feed(stream, nothing, held, clip, "made up: noise, and prompts of noise", {})
 
 
-def gathered(records: list[Record], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The latents [n f h w c] and states [n l e] of those records that have the first one's size, float32."""
-    alike = [record for record in records if record.latents.shape == records[0].latents.shape]
-    latents = np.stack([record.latents.astype(np.float32) for record in alike])
-    return latents, np.stack([_padded(record.states, length) for record in alike])
+def gathered(records: list[Record], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of the records of each size the latents [n f h w c] and states [n l e], float32."""
+    sizes: dict[tuple, list[Record]] = {}
+    for record in records:
+        sizes.setdefault(record.latents.shape, []).append(record)
+    return [
+        (
+            np.stack([record.latents.astype(np.float32) for record in alike]),
+            np.stack([_padded(record.states, length) for record in alike]),
+        )
+        for alike in sizes.values()
+    ]
 
 
 def _nothing(manifest: Manifest) -> np.ndarray:

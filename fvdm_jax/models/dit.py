@@ -98,7 +98,9 @@ class Attention(nn.Module):
         if image is not None:
             k, v = self._heads("k_img", image, norm="norm_k_img"), self._heads("v_img", image)
             out = out + attention(q, k, v)
-        out = checkpoint_name(rearrange(out, "b n a k -> b n (a k)"), ATTENTION)
+        out = rearrange(out, "b n a k -> b n (a k)")
+        # Cross-attention is cheap, and to keep it would take as much memory.
+        out = out if rope is None else checkpoint_name(out, ATTENTION)
         return Dense(self.config.width, ("heads", "embed"), self.config.dtype, name="o")(out)
 
     def _heads(self, name, x, norm=None):

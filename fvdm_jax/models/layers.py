@@ -105,7 +105,7 @@ REMAT = {
     ),
 }
 """What of a layer is kept for the gradient, by name: everything; nothing but its input; that and what its
-attentions gave, whose computation grows with the square of the tokens; the same, in the host's memory."""
+self-attention gave, whose computation grows with the square of the tokens; the same, in the host's memory."""
 
 
 def stacked(layer: type[nn.Module], length: int, remat: str = "none"):
