@@ -33,13 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ROUNDING = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small.save(folder)
-    return folder
-
-
 @pytest.fixture
 def encode(model, tmp_path, monkeypatch, capfd):
     """Runs the program, clip by clip, in an empty folder with a folder of clips; gives code and output."""

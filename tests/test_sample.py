@@ -23,13 +23,6 @@ from fvdm_jax.sample import _key, generate, main, pictures
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    small.save(folder)
-    return folder
-
-
 @pytest.fixture
 def sample(model, tmp_path, monkeypatch, capfd):
     """Runs the program in an empty folder that has two pictures; gives its exit code and what it printed."""
