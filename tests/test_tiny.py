@@ -175,8 +175,11 @@ def test_the_program_makes_a_video_without_flags(tmp_path):
     assert record["prompt"] == SETTINGS["prompt"] and record["seconds"]["denoise"] > 0
 
 
-def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_readmes_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope: dict = {}
-    exec(code, scope)  # noqa: S102
+    for code in examples:
+        exec(code, scope)  # noqa: S102
     assert scope["video"].shape == (1, FRAMES, SIDE, SIDE, 3) and np.all(np.isfinite(scope["video"]))
+    levels = scope["curriculum"](500)(jax.random.key(0), 64, FRAMES)
+    assert levels.shape == (64, FRAMES) and np.any(levels[:, 0] == 0)
