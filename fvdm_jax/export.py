@@ -53,12 +53,8 @@ def sampling(settings: Training, stored: dict) -> dict:
     """How a model that was trained so is sampled: as `stored` says, unless its process is another."""
     if stored["process"] == settings.process:
         return stored
-    steps = {"flow": {"spacing": "wan", "solver": "unipc"}}
-    return (
-        stored
-        | {"process": settings.process}
-        | steps.get(settings.process, {"spacing": "ddpm", "solver": "euler"})
-    )
+    spacing, solver = ("wan", "unipc") if settings.process == "flow" else ("ddpm", "euler")
+    return stored | {"process": settings.process, "spacing": spacing, "solver": solver}
 
 
 def _save(folder: Path, tree: dict) -> None:

@@ -71,6 +71,7 @@ class Previews(NamedTuple):
 
 
 def has_vae(model: Path) -> bool:
+    """Whether the model's folder holds a VAE, with which latents can be shown."""
     return (model / "vae").is_dir() or (model / "vae.safetensors").is_file()
 
 

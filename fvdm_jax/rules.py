@@ -12,6 +12,8 @@ Rule = Callable[[object], tuple[str, str] | None]
 
 
 def whole_from(least: int, most: int) -> Rule:
+    """The rule of a whole number, ends included."""
+
     def rule(value):
         if type(value) is not int or not least <= value <= most:
             return "is not a possible number", f"give a whole number from {least} to {most}"
@@ -20,6 +22,8 @@ def whole_from(least: int, most: int) -> Rule:
 
 
 def between(least: float, most: float, note: str = "") -> Rule:
+    """The rule of a number, ends included; `note` is added to what is said of a bad one."""
+
     def rule(value):
         if type(value) not in (int, float) or not least <= value <= most:
             return "is out of range", f"give a number from {least} to {most}{note}"
