@@ -31,8 +31,7 @@ class Networks:
 
     def velocity(self, params: dict, x: Latents, timestep: Levels, text_states: TextStates) -> Latents:
         """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e]."""
-        variables = lora.variables(params["dit"], params.get("adapters", []))
-        return dit.DiT(self.dit).apply(variables, x, timestep, text_states)
+        return lora.Network(self.dit).velocity(params, x, timestep, text_states)
 
     def read(self, params: dict, tokens: Tokens, mask: Mask) -> TextStates:
         """States [b l e] of tokens [b l]."""

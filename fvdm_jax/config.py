@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fvdm_jax import rules
+from fvdm_jax.kernels.attention import IMPLEMENTATIONS
+from fvdm_jax.kernels.parallel import EXCHANGES
 from fvdm_jax.levels import constant, per_frame, shifted
 from fvdm_jax.lora import TARGETS
 from fvdm_jax.models.dit import DiTConfig
@@ -40,9 +42,11 @@ class Training:
     latents, and `text` the tokens of a prompt. `batch` counts the clips of a step on all devices, worked
     through in `parts`. `average` is the decay of the running average of what is trained, 0 for none. `mesh`
     gives the sizes of its axes, such as "fsdp=8,context=2"; the devices that are left lie along "data".
-    `dtype` is what the network computes in, if not what its model says. Steps between checkpoints, of which
-    `keep_last` stay and those that `keep_every` divides; between evaluations, and between samples: 0 for
-    never.
+    `dtype` is what the network computes in, if not what its model says; what is trained is kept as `masters`;
+    with `offload` the optimizer's state and the running average wait in the host's memory. `attention` is a
+    name of `attention.IMPLEMENTATIONS`, `exchange` of `parallel.EXCHANGES`, or "auto". Steps between
+    checkpoints, of which `keep_last` stay and those that `keep_every` divides; between evaluations, and
+    between samples: 0 for never.
     """
 
     model: str = BUNDLED
@@ -67,7 +71,11 @@ class Training:
     average: float = 0.0
     seed: int = 0
     remat: str = "full"
+    attention: str = "auto"
+    exchange: str = "auto"
     dtype: str = ""
+    masters: str = "float32"
+    offload: bool = False
     mesh: str = ""
     held_out: int = 8
     workers: int = 0
@@ -78,16 +86,22 @@ class Training:
     sample_every: int = 0
 
     def __post_init__(self):
-        for name, table in (("process", PROCESSES), ("weight", WEIGHTS), ("remat", REMAT)):
+        tables = {"process": PROCESSES, "weight": WEIGHTS, "remat": REMAT}
+        tables |= {"attention": ("auto", *IMPLEMENTATIONS), "exchange": ("auto", *EXCHANGES)}
+        for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise Refusal(f"--{name}", f"{getattr(self, name)!r} is unknown", f"give {', '.join(table)}")
-        if self.dtype not in ("", "float32", "bfloat16"):
-            raise Refusal("--dtype", f"{self.dtype!r} is no type to compute in", "give float32 or bfloat16")
+        for name in ("dtype", "masters"):
+            if getattr(self, name) not in ("", "float32", "bfloat16")[name == "masters" :]:
+                what = f"{getattr(self, name)!r} is no type for it"
+                raise Refusal(flag(name), what, "give float32 or bfloat16")
         for name, rule in _RULES.items():
             if wrong := rule(getattr(self, name)):
                 raise Refusal(flag(name), f"{getattr(self, name)} {wrong[0]}", wrong[1])
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", self.clip):
             raise Refusal("--clip", f"{self.clip!r} is no size", "give FxHxW in latents, such as 21x60x104")
+        if self.average and self.masters != "float32":
+            raise Refusal("--average", "is of float32 only", "leave --masters out, or give --average 0")
         if self.batch % self.parts:
             what = f"{self.batch} clips do not divide into {self.parts} parts"
             raise Refusal("--parts", what, "give a divisor of --batch")
@@ -106,7 +120,7 @@ _RULES = {
 
 MUST_MATCH = (
     "model", "part", "dit", "fresh", "data", "held_out", "batch", "seed",
-    "process", "rank", "scale", "where", "average",
+    "process", "rank", "scale", "where", "average", "masters",
 )  # fmt: skip
 """What a run that goes on must have as when it began; the rest may be changed."""
 

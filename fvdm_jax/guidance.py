@@ -1,12 +1,12 @@
 """From a network to a denoiser: what it is told, and how strongly it is made to listen."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fvdm_jax.lora import Network
 from fvdm_jax.process import Prediction, Process
 from fvdm_jax.samplers import Denoiser, Sampler, sample
 from fvdm_jax.shapes import Latents, Levels, Schedule, TextStates
@@ -31,13 +31,13 @@ def guided(
     form of Wan, where scale 1 is no guidance.
     """
     others = () if extra is None else (extra,)
+    both = text if negative is None else jnp.concatenate([negative, text])
 
     def denoise(x: Latents, level: Levels) -> Prediction:
         timestep = process.timestep(level)
         if negative is None:
             return process.read(x, apply(x, timestep, text, *others), level)
-        both = apply(*_twice((x, timestep)), jnp.concatenate([negative, text]), *_twice(others))
-        without, said = jnp.split(both, 2)
+        without, said = jnp.split(apply(*_twice((x, timestep)), both, *_twice(others)), 2)
         return process.read(x, without + scale * (said - without), level)
 
     return denoise
@@ -50,15 +50,20 @@ class Generation(NamedTuple):
     sampler: Sampler
     guided: bool = True
 
-    def program(self, velocity: Apply, observe: Callable[[], None] | None = None) -> Callable[..., Latents]:
+    def program(self, network: Network, observe: Callable[[], None] | None = None) -> Callable[..., Latents]:
         """(params, (text, negative), scale, noise, canvas, schedule) → latents [b f h w c], to be jitted.
 
-        `velocity(params, x, timestep, text)` is the network; `observe` is called at every step.
+        `params` are as `network` takes them; `observe` is called at every step.
         """
 
         def program(params, prompts, scale, noise: Latents, canvas: Latents, schedule: Schedule) -> Latents:
             text, negative = prompts
-            apply = partial(velocity, params)
+            # What the layers make of the prompts is the same at every step.
+            prompt = network.told(params, jnp.concatenate([negative, text]) if self.guided else text)
+
+            def apply(x: Latents, timestep: Levels, _) -> Latents:
+                return network.velocity(params, x, timestep, prompt)
+
             denoise = guided(self.process, apply, text, negative if self.guided else None, scale)
 
             def observed(x: Latents, level: Levels) -> Prediction:

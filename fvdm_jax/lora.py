@@ -8,9 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from fvdm_jax.models.layers import precision
+from fvdm_jax import sharding
+from fvdm_jax.kernels.parallel import Attending
+from fvdm_jax.models import dit
+from fvdm_jax.models.layers import pair_names, precision
+from fvdm_jax.shapes import Latents, Levels, TextStates
 
 Strength = float | Float[Array, ""]
 
@@ -25,6 +30,27 @@ class Adapters(NamedTuple):
 
     low_rank: dict
     delta: dict
+
+
+class Network(NamedTuple):
+    """A transformer and the adapters beside it, as functions of their parameters.
+
+    These are {"dit": the network's, "adapters": pairs (Adapters, strength)}, the latter if there are any.
+    `remat` and `attending` are as of `DiT`.
+    """
+
+    config: dit.DiTConfig
+    remat: str = "none"
+    attending: Attending = Attending()
+
+    def velocity(self, params: dict, x: Latents, timestep: Levels, text: TextStates | dit.Prompt) -> Latents:
+        """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e] or a Prompt."""
+        adapted = variables(params["dit"], params.get("adapters", []))
+        return dit.DiT(*self).apply(adapted, x, timestep, text)
+
+    def told(self, params: dict, text: TextStates) -> dit.Prompt:
+        """What every step of a sampler needs of the text [b l e], made once."""
+        return dit.told(self.config, variables(params["dit"], params.get("adapters", [])), text)
 
 
 TARGETS = r"blocks/(self_attn|cross_attn)/[qkvo]|blocks/ffn/(up|down)"
@@ -42,17 +68,33 @@ def abstract(params: dict, rank: int, where: str = TARGETS) -> dict:
         module, _, name = path.rpartition("/")
         if name == "kernel" and re.fullmatch(where, module):
             (*stack, fan_in, fan_out), (*layers, rows, columns) = box.value.shape, box.names
-            # Where the other axis is not one that lies along fsdp, the ranks do.
-            inner = [None if side == "embed" else "rank" for side in (rows, columns)]
-            for part, shape, names in (
-                ("a", (*stack, fan_in, rank), (*layers, rows, inner[0])),
-                ("b", (*stack, rank, fan_out), (*layers, inner[1], columns)),
-            ):
-                leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
-                pairs[f"{module}/{part}"] = nn.LogicallyPartitioned(leaf, names)
+            shapes = (fan_in, rank), (rank, fan_out)
+            for part, shape, names in zip("ab", shapes, pair_names((rows, columns)), strict=True):
+                leaf = jax.ShapeDtypeStruct((*stack, *shape), jnp.float32)
+                pairs[f"{module}/{part}"] = nn.LogicallyPartitioned(leaf, (*layers, *names))
     if not pairs:
         raise ValueError(f"{where!r} matches no layer; the default is {TARGETS!r}")
     return unflatten_dict(pairs, sep="/")
+
+
+def shardings(over: Mesh, params: dict, adapters: Adapters) -> Adapters:
+    """Where each array of `adapters` lies on the mesh, beside `params`, as of `dit.abstract`."""
+    boxes = flatten_dict(params, sep="/")
+
+    def place(spec: PartitionSpec, leaf: Array) -> NamedSharding:
+        return NamedSharding(over, sharding.fitting(spec, jnp.shape(leaf), over))
+
+    low_rank = flatten_dict(adapters.low_rank, sep="/")
+    for path, leaf in low_rank.items():
+        module, _, part = path.rpartition("/")
+        *layers, rows, columns = boxes[f"{module}/kernel"].names
+        names = dict(zip("ab", pair_names((rows, columns)), strict=True)).get(part, ())
+        low_rank[path] = place(sharding.kept((*layers, *names)), leaf)
+    delta = {
+        path: place(sharding.kept(boxes[path].names), leaf)
+        for path, leaf in flatten_dict(adapters.delta, sep="/").items()
+    }
+    return Adapters(unflatten_dict(low_rank, sep="/"), unflatten_dict(delta, sep="/"))
 
 
 def init(key: jax.Array, abstract: dict) -> dict:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Optimiser:
     evenly. "trapezoid" falls in the last third of what follows the warm-up. A share rate·`decay` of each
     matrix (kernels, a and b of adapters) is taken off at a step, with `decay_all` of every parameter, as in
     torch. `clip` is the largest global norm of the gradients, 0 for none. `betas` are AdamW's, with Muon too.
+    `moments` is the type in which they are kept; they are computed in float32.
     Raises ValueError for a setting that makes no sense.
     """
 
@@ -48,10 +50,12 @@ class Optimiser:
     decay_all: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 0.0
+    moments: str = "float32"
 
     def __post_init__(self):
         _one_of("name", self.name, NAMES)
         _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("moments", self.moments, ("float32", "bfloat16"))
         if not 0 < self.rate < math.inf:
             raise ValueError(f"rate is {self.rate}; give a positive number, such as 1e-5")
         if self.warmup < 0 or self.steps < 0:
@@ -75,7 +79,7 @@ class Optimiser:
         return jnp.asarray(plan(step), jnp.float32)
 
     def transformation(self) -> optax.GradientTransformation:
-        """What optax is given; its state and its updates are float32, whatever the parameters are.
+        """What optax is given; its updates are float32, whatever the parameters and `moments` are.
 
         A moment lies in the state under the path of its parameter and has the parameter's shape. Of adapters
         only a and b are parameters: their scale and rank must not be among what is passed.
@@ -89,7 +93,8 @@ class Optimiser:
                 rule,
                 optax.add_decayed_weights(self.decay, None if self.decay_all else _matrices),
                 optax.scale_by_learning_rate(self.rate_at),
-            )
+            ),
+            self.moments,
         )
 
 
@@ -137,13 +142,21 @@ def _evened() -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _in_float32(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    def wide(tree):
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+def _in_float32(rule: optax.GradientTransformation, moments: str) -> optax.GradientTransformation:
+    """`rule` computed in float32, and its state kept as `moments`."""
+
+    def cast(dtype, tree):
+        def one(leaf):
+            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(one, tree)
+
+    wide, narrow = partial(cast, jnp.float32), partial(cast, jnp.dtype(moments))
 
     def update(updates, state, params=None):
         # Optax raises a float to the power of a count, which strict promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
-            return rule.update(wide(updates), state, wide(params))
+            updates, state = rule.update(wide(updates), wide(state), wide(params))
+            return updates, narrow(state)
 
-    return optax.GradientTransformation(lambda params: rule.init(wide(params)), update)
+    return optax.GradientTransformation(lambda params: narrow(rule.init(wide(params))), update)

@@ -88,5 +88,5 @@ def prepared(trainer: Trainer, folder: Path, clip: Record, prompts: tuple) -> Pr
         return None
     settings = sampling(trainer.settings, settings)
     made = Generation(PROCESSES[trainer.settings.process], SAMPLERS[settings["solver"]])
-    program = jax.jit(made.program(trainer.velocity), out_shardings=replicated(trainer.over))
+    program = jax.jit(made.program(trainer.sampled), out_shardings=replicated(trainer.over))
     return Previews(folder, model, settings, clip, prompts, partial(within, trainer.over, program))

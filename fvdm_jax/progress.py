@@ -67,6 +67,10 @@ class Stages:
         self.seconds.setdefault(name, 0.0)
         self._tasks[name] = self._progress.add_task(name, total=steps, steps="")
 
+    def say(self, line: str) -> None:
+        """One line above the stages."""
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def step(self) -> None:
         """One more step of the running stage."""
         running = self._running

@@ -138,7 +138,7 @@ class Reader:
         """The weights, spread over this process's devices, and the program that reads one prompt."""
         import jax
 
-        from fvdm_jax import checkpoint, sharding
+        from fvdm_jax import checkpoint, programs, sharding
         from fvdm_jax.models.text import abstract
 
         with self._stages("load"):
@@ -149,4 +149,5 @@ class Reader:
             params = {"text": jax.device_put(params, placed)}
         tokens = self._tokenizer([""], self.length)
         with self._stages("compile"):
-            return params, jax.jit(self._networks.read).lower(params, *tokens).compile()
+            lowered = jax.jit(self._networks.read).lower(params, *tokens)
+            return params, programs.compiled(self._stages.say, lowered, f"text ({self.length} tokens)")

@@ -12,7 +12,7 @@ from fvdm_jax import latents
 from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.program import Parser, Refusal, check_output, number, numbered, plain, whole
-from fvdm_jax.rules import RULES, SOLVERS, sides, strengths, texts
+from fvdm_jax.rules import KERNELS, RULES, SOLVERS, sides, strengths, texts
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
@@ -72,6 +72,8 @@ class Request:
     debug: bool = False
     decode: Path | None = None
     tiles: tuple[int, int] = (0, 0)
+    mesh: str = ""
+    attention: str = "auto"
     lora: tuple[tuple[str, float], ...] = ()
     keeps: tuple[Keep, ...] = ()
 
@@ -196,6 +198,8 @@ def parser() -> Parser:
         metavar="RxC",
         help="decode frames in so many rows and columns of tiles, blended; default: as memory asks for",
     )
+    add("--mesh", default="", metavar="SIZES", help="how devices share the work, such as data=2,context=4")
+    add("--attention", choices=KERNELS, default="auto", help="kernel of attention; auto: the first that can")
     add("--explain", action="store_true", help="print the noise level of every frame at every step, and stop")
     return flags
 

@@ -6,6 +6,7 @@ from fvdm_jax.video import STRIDE
 
 SOLVERS = ("unipc", "dpm++", "euler")
 SPACINGS = ("wan", "pusa", "ddpm")
+KERNELS = ("auto", "splash", "cudnn", "xla")
 PROCESSES = ("flow", "ddpm", "ddpm_v")
 
 Rule = Callable[[object], tuple[str, str] | None]

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from fvdm_jax import latents, machine
@@ -50,7 +51,7 @@ def generate(request: Request, stages: Stages):
         import jax
         import numpy as np
 
-        from fvdm_jax import checkpoint, tasks
+        from fvdm_jax import checkpoint, sampling, sharding, tasks
 
         machine.keep_compiled_programs()
         networks = checkpoint.describe(request.model)
@@ -67,13 +68,18 @@ def generate(request: Request, stages: Stages):
             (checkpoint.load_adapters(Path(folder), params["dit"]), strength)
             for folder, strength in request.lora
         ]
-        params = jax.device_put(params)
+        over = sampling.mesh(request.mesh, networks.dit, shape[1:4], _guided(request))
+        params = sampling.placed(over, params, networks.dit)
     noise = jax.random.normal(_key(request.seed), shape)
     inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
+    inputs = jax.device_put(inputs, sharding.replicated(over))
     program, steps = _denoiser(request, networks, params, stages)
     if steps:
         stages.expect("denoise", steps)
-    return np.asarray(_call(stages, "denoise", program, params, *inputs))
+    what = f"denoise ({'x'.join(map(str, shape[1:4]))}, {request.steps} steps)"
+    with jax.set_mesh(over):
+        program = _compiled(stages, what, program, params, *inputs)
+        return np.asarray(_run(stages, "denoise", program, params, *inputs))
 
 
 def _kept(request: Request, networks, stages: Stages) -> Iterator:
@@ -84,12 +90,13 @@ def _kept(request: Request, networks, stages: Stages) -> Iterator:
         import jax
         import jax.numpy as jnp
 
-        from fvdm_jax import checkpoint, video
+        from fvdm_jax import checkpoint, programs, video
         from fvdm_jax.models.streaming import Stream
 
         params = jax.device_put(checkpoint.load(request.model, ("vae",))[1]["vae"])
     with stages("compile"):
-        encode = Stream(networks.vae, "encode", params, jnp.zeros((1, 1, *request.size, 3)))
+        compiled = partial(programs.compiled, stages.say)
+        encode = Stream(networks.vae, "encode", params, jnp.zeros((1, 1, *request.size, 3)), compiled)
     for keep in request.keeps:
         with stages("read"):
             pixels = video.read(keep.path, keep.frames, request.size, keep.skip, request.fps)
@@ -159,7 +166,7 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
     import jax
     import jax.numpy as jnp
 
-    from fvdm_jax import sharding
+    from fvdm_jax import programs, sharding
     from fvdm_jax.models.streaming import Stream, Tiles
 
     height, width, channels = made.shape[2:]
@@ -173,8 +180,10 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
         tile = jnp.zeros((1, 1, *grid.sides(height, width), channels))
         tile = jax.device_put(tile, sharding.spatial(over))
         with stages("compile"):
-            decoder = Stream(config, "decode", jax.device_put(params, sharding.replicated(over)), tile)
-        if asked or decoder.bytes < free or grid.smallest(height, width):
+            placed = jax.device_put(params, sharding.replicated(over))
+            decoder = Stream(config, "decode", placed, tile, partial(programs.compiled, stages.say))
+            enough = asked or decoder.bytes < free
+        if enough or grid.smallest(height, width):
             break
         grid = grid.finer(height, width)
     if grid == Tiles(1, 1):
@@ -210,19 +219,27 @@ def _denoiser(request: Request, networks, params: dict, stages: Stages):
     """The whole of denoising as one function of arrays, and its steps if it reports them to `stages`."""
     import jax
 
+    from fvdm_jax import lora
     from fvdm_jax.guidance import Generation
+    from fvdm_jax.kernels.parallel import Attending
     from fvdm_jax.models.dit import PATCH
     from fvdm_jax.process import PROCESSES
     from fvdm_jax.samplers import SAMPLERS
 
-    alone = request.guidance == 1 or request.prompt == request.negative
-    made = Generation(PROCESSES[request.process], SAMPLERS[request.solver], not alone)
+    guided = _guided(request)
+    made = Generation(PROCESSES[request.process], SAMPLERS[request.solver], guided)
     height, width = (side // networks.vae.spatial // PATCH for side in request.size)
-    tokens = request.latent_frames * height * width * request.steps * (1 if alone else 2)
+    tokens = request.latent_frames * height * width * request.steps * (1 + guided)
     # A program that reports its steps cannot be kept in the compilation cache, so short ones do not.
     watched = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(params["dit"])) * tokens > LONG
-    program = made.program(networks.velocity, stages.step if watched else None)
+    network = lora.Network(networks.dit, attending=Attending(request.attention))
+    program = made.program(network, stages.step if watched else None)
     return program, request.steps if watched else None
+
+
+def _guided(request: Request) -> bool:
+    """Whether the network is asked twice at a step."""
+    return request.guidance != 1 and request.prompt != request.negative
 
 
 def _key(seed: int):
@@ -233,17 +250,14 @@ def _key(seed: int):
     return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
 
 
-def _call(stages: Stages, stage: str, function: Callable, *inputs):
-    """function(*inputs) on the device, its compilation and its run timed apart."""
-    return _run(stages, stage, _compiled(stages, function, *inputs), *inputs)
-
-
-def _compiled(stages: Stages, function: Callable, *inputs):
-    """The function compiled for inputs of these shapes."""
+def _compiled(stages: Stages, what: str, function: Callable, *inputs):
+    """The function compiled for inputs of these shapes, under the name `what`."""
     import jax
 
+    from fvdm_jax import programs
+
     with stages("compile"):
-        return jax.jit(function).lower(*inputs).compile()
+        return programs.compiled(stages.say, jax.jit(function).lower(*inputs), what)
 
 
 def _run(stages: Stages, stage: str, program: Callable, *inputs):

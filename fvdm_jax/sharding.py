@@ -1,23 +1,22 @@
 """Which axis of an array lies along which axis of the mesh of devices: one table."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+Names = tuple[str | None, ...]
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-TABLE = (
-    ("vocabulary", "tensor"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("conv_out", "tensor"),
-    ("embed", "fsdp"),
-    ("embed_in", "fsdp"),
-    ("conv_in", "fsdp"),
-    ("rank", "fsdp"),
-)
-"""Logical axis of a parameter → axis of the mesh; what is not named is whole on every device."""
+TENSOR = ("vocabulary", "heads", "mlp", "conv_out")
+"""Logical axes of parameters, and of what is computed with them, that lie along "tensor"."""
+
+ROWS = ("fsdp", "context")
+"""Axes of the mesh over which the rows of matrices are kept in parts, to be gathered when they are used."""
 
 
 def mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -48,18 +47,67 @@ def sizes(text: str, devices: int) -> dict[str, int]:
     return {name: found.get(name, devices // named if name == "data" else 1) for name in AXES}
 
 
+def axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh that an entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def fitting(spec: PartitionSpec, shape: tuple[int, ...], over: Mesh | AbstractMesh) -> PartitionSpec:
+    """`spec` without the axes of the mesh that do not divide what they would cut, or cut something before."""
+    taken = set()
+
+    def fit(size: int, entry: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+        cut, count = [], 1
+        for axis in axes(entry):
+            if axis not in taken and size % (count * over.shape[axis]) == 0:
+                cut.append(axis)
+                taken.add(axis)
+                count *= over.shape[axis]
+        return tuple(cut) or None
+
+    return PartitionSpec(*(fit(size, entry) for size, entry in zip(shape, spec, strict=False)))
+
+
+def used(names: Names) -> PartitionSpec:
+    """Where a parameter with these logical axes lies while a layer computes with it."""
+    return PartitionSpec(*("tensor" if name in TENSOR else None for name in names))
+
+
+def kept(names: Names) -> PartitionSpec:
+    """Where a parameter with these logical axes is kept: a matrix, or a stack of them, also cut along ROWS.
+
+    Vectors are whole: together they are a thousandth of a network.
+    """
+    if len(names) < 2 or names[-2] in (None, "layers"):
+        return used(names)
+    *stack, rows, columns = used(names)
+    return PartitionSpec(*stack, (*((rows,) if rows else ()), *ROWS), columns)
+
+
 def shardings(over: Mesh, abstract):
     """The sharding of every parameter of a tree of `abstract`; an axis that does not divide stays whole."""
-    specs = nn.logical_to_mesh(nn.get_partition_spec(abstract), TABLE)
 
-    def fitting(leaf, spec: PartitionSpec) -> NamedSharding:
-        fits = (
-            axis if axis is not None and size % over.shape[axis] == 0 else None
-            for size, axis in zip(leaf.shape, spec, strict=False)
-        )
-        return NamedSharding(over, PartitionSpec(*fits))
+    def place(leaf) -> NamedSharding:
+        named = isinstance(leaf, nn.LogicallyPartitioned)
+        spec, leaf = (kept(leaf.names), leaf.value) if named else (PartitionSpec(), leaf)
+        return NamedSharding(over, fitting(spec, leaf.shape, over))
 
-    return jax.tree.map(fitting, nn.meta.unbox(abstract), specs)
+    return jax.tree.map(place, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def placed(over: Mesh, abstract: dict, kind: Callable[[str, jax.ShapeDtypeStruct], object]) -> dict:
+    """Shapes with shardings for a tree of `abstract`, of the type that `kind(path, leaf)` says."""
+    if not abstract:
+        return {}
+    places = flatten_dict(shardings(over, abstract), sep="/")
+    leaves = flatten_dict(nn.meta.unbox(abstract), sep="/")
+    return unflatten_dict(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, kind(path, leaf), sharding=places[path])
+            for path, leaf in leaves.items()
+        },
+        sep="/",
+    )
 
 
 TOKENS = PartitionSpec(("data", "fsdp"), None, "context")
@@ -69,11 +117,20 @@ CLIPS = PartitionSpec(("data", "fsdp"))
 """Of a batch: clips over data and fsdp."""
 
 
+def activations(axes: int) -> PartitionSpec:
+    """Of what a layer takes, but for the last of so many axes: TOKENS of [b f n d], and CLIPS of all else."""
+    spec = TOKENS if axes == 4 else CLIPS
+    return PartitionSpec(*spec, *(None,) * (axes - 1 - len(spec)))
+
+
+KEYS = PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+"""Of the keys of a prompt in all layers, [layers b m a k]: clips over data and fsdp, heads over tensor."""
+
+
 def constrained(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """x laid out as `spec` says on the mesh that is set; x itself where none is."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, spec)
+    """x laid out as `spec` says on the mesh that is set, as far as it divides; x itself where none is."""
+    over = jax.sharding.get_abstract_mesh()
+    return x if over.empty else jax.lax.with_sharding_constraint(x, fitting(spec, x.shape, over))
 
 
 def spatial(over: Mesh) -> NamedSharding:

@@ -17,9 +17,13 @@ def main(argv: list[str]) -> int:
     """Trains what `argv` asks for. Returns 130 or 143 where it was stopped."""
     asked = parse(argv)
     join(asked.flags)
+    import jax
+
     from fvdm_jax import machine, trainer
 
     machine.keep_compiled_programs()
+    if jax.default_backend() == "cpu":
+        machine.keep_memory()
     settings = asked.settings
     made = trainer.build(settings, sizes(asked))
     if asked.flags.export:
@@ -178,12 +182,18 @@ def begin(asked: Asked, made, feed, closing: contextlib.ExitStack) -> Session:
 
 def train(session: Session, stopped: Callable[[], int]) -> int:
     """Trains to the last step, or till a signal; returns the exit code."""
+    from fvdm_jax import programs
     from fvdm_jax.measures import Meter
     from fvdm_jax.runs import Position
 
     made, settings, state = session.trainer, session.asked.settings, session.state
     step, code = int(state.step), 0
     with Meter(made, session.log, session.feed.bad) as meter, profiled(session.asked, step) as trace:
+        if step < settings.steps:
+            what = f"training step ({'x'.join(map(str, session.feed.clip))}, {settings.batch} clips)"
+            lowered = made.lower(session.feed.clip, len(session.feed.nothing))
+            made = made._replace(program=programs.compiled(meter.say, lowered, what))
+            meter.resume()
         if step == 0:
             look(session, state, step, meter)
         while step < settings.steps and not code:

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from fvdm_jax import checkpoint, costs, levels, lora, sharding, training
 from fvdm_jax.config import Training
+from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.models import dit
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import Refusal
-from fvdm_jax.shapes import Latents, Levels, TextStates
+from fvdm_jax.shapes import Latents, Levels
 from fvdm_jax.training import Batch, Objective, Recipe, TrainState
 from fvdm_jax.weights import WEIGHTS, together, uniform
 
@@ -43,8 +43,8 @@ class Trainer(NamedTuple):
     """A run's functions, and where its arrays lie.
 
     `state` and `frozen` are trees of shapes with shardings: of the TrainState, and of the parameters that
-    stand still beside adapters ({} where all are trained). `step(state, frozen, batch)` is compiled once and
-    takes over the state's memory; `errors(params, frozen, batch)` has the error for each of FAMILIES.
+    stand still beside adapters ({} where all are trained). `program`, of which `step` is a call, is compiled
+    once; `errors(params, frozen, batch)` has the error for each of FAMILIES.
     """
 
     settings: Training
@@ -53,8 +53,27 @@ class Trainer(NamedTuple):
     recipe: Recipe
     state: TrainState
     frozen: dict
-    step: Callable
+    program: Callable
     errors: Callable
+
+    def step(self, state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict]:
+        """The state after an update, as `training.train_step`; it takes over the memory of the one before."""
+        return within(self.over, self.program, state, frozen, batch)
+
+    def lower(self, clip: tuple[int, int, int], text: int) -> jax.stages.Lowered:
+        """The step's program for clips of (f, h, w) in latents and prompts of `text` tokens.
+
+        Nothing is allocated, and the devices of the mesh may be such as are only known by name.
+        """
+        c, b = self.network, self.settings.batch
+        clips, whole = NamedSharding(self.over, sharding.CLIPS), sharding.replicated(self.over)
+        shapes = (
+            ((b, *clip, c.channels_out), clips),
+            ((b, text, c.text_width), clips),
+            ((text, c.text_width), whole),
+        )
+        batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at) for shape, at in shapes))
+        return within(self.over, self.program.lower, self.state, self.frozen, batch)
 
     def rows(self) -> tuple[int, int]:
         """(index, count): which block of a batch's rows this process is to give, of how many.
@@ -118,19 +137,21 @@ class Trainer(NamedTuple):
 
     def stored(self) -> dict:
         """The types in which the network's parameters are stored: as they are computed with."""
-        shapes = placed(self.over, dit.abstract(self.network), partial(_kept_as, self.network.dtype))
+        shapes = sharding.placed(
+            self.over, dit.abstract(self.network), partial(dit.stored, self.network.dtype)
+        )
         return jax.tree.map(lambda leaf: leaf.dtype, shapes)
 
     def variables(self, params: dict, frozen: dict) -> dict:
-        """What is trained, with what stands still, as `velocity` takes it."""
-        if not self.settings.rank:
-            return {"dit": params}
-        return {"dit": frozen, "adapters": [(lora.scaled(params, self.settings.scale), 1.0)]}
+        """What is trained, with what stands still, as `sampled` takes them."""
+        return _variables(self.settings, frozen, params)
 
-    def velocity(self, variables: dict, x: Latents, timestep: Levels, text: TextStates) -> Latents:
-        """What the network says with these variables, as `Networks.velocity` of a sampler."""
-        adapted = lora.variables(variables["dit"], variables.get("adapters", []))
-        return dit.DiT(self.network).apply(adapted, x, timestep, text)
+    @property
+    def sampled(self) -> lora.Network:
+        """The network as a sampler uses it."""
+        return lora.Network(
+            self.network, attending=Attending(self.settings.attention, self.settings.exchange)
+        )
 
 
 def build(settings: Training, network: dit.DiTConfig, devices: list | None = None) -> Trainer:
@@ -152,7 +173,8 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
             raise Refusal("--where", str(wrong)) from wrong
     recipe = _recipe(settings)
     state = _state(settings, network, recipe.optimizer, over, trained)
-    apply = partial(_velocity, dit.DiT(network, settings.remat), settings)
+    model = lora.Network(network, settings.remat, Attending(settings.attention, settings.exchange))
+    apply = partial(_velocity, model, settings)
     step = jax.jit(
         partial(_step, apply, recipe, settings.optimizer),
         donate_argnums=0,
@@ -165,8 +187,8 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         over,
         recipe,
         state,
-        placed(over, frozen, partial(_kept_as, network.dtype)),
-        partial(within, over, step),
+        sharding.placed(over, frozen, partial(dit.stored, network.dtype)),
+        step,
         partial(within, over, errors),
     )
 
@@ -199,16 +221,20 @@ def within(over: Mesh, function: Callable, *inputs):
 
 def _step(apply, recipe: Recipe, optimizer, state: TrainState, frozen: dict, batch: Batch):
     """`training.train_step`, and the rate: on the host it would have to wait for the device."""
+    state = state._replace(optimizer=_near(state.optimizer), average=_near(state.average))
     moved, told = training.train_step(state, batch, partial(apply, frozen), recipe)
     return moved, told | {"rate": optimizer.rate_at(state.step)}
 
 
-def _velocity(model, settings: Training, frozen: dict, params: dict, *inputs) -> Latents:
-    """What the network says of `inputs`: x, timestep, text."""
+def _variables(settings: Training, frozen: dict, params: dict) -> dict:
     if not settings.rank:
-        return model.apply({"params": params}, *inputs)
-    adapters = lora.scaled(params, settings.scale)
-    return model.apply(lora.variables(frozen, [(adapters, 1.0)]), *inputs)
+        return {"dit": params}
+    return {"dit": frozen, "adapters": [(lora.scaled(params, settings.scale), 1.0)]}
+
+
+def _velocity(model: lora.Network, settings: Training, frozen: dict, params: dict, *inputs) -> Latents:
+    """What the network says of `inputs`: x, timestep, text."""
+    return model.velocity(_variables(settings, frozen, params), *inputs)
 
 
 def _errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
@@ -234,6 +260,7 @@ def _start(settings: Training, network: dit.DiTConfig, tx, params: dict | None =
         params = lora.init(params_key, lora.abstract(dit.abstract(network), settings.rank, settings.where))
     elif params is None:
         params = _fresh(network, params_key)
+    params = jax.tree.map(lambda leaf: leaf.astype(settings.masters), params)
     return training.init(params, tx, key, settings.average > 0)
 
 
@@ -244,7 +271,7 @@ def _fresh(network: dit.DiTConfig, key: jax.Array) -> dict:
 
 def _state(settings: Training, network, tx, over: Mesh, trained: dict) -> TrainState:
     """The TrainState as shapes with shardings: moments and averages lie as what they are of."""
-    params = placed(over, trained, lambda path, leaf: jnp.float32)
+    params = sharding.placed(over, trained, lambda path, leaf: jnp.dtype(settings.masters))
     shapes = jax.eval_shape(lambda: _start(settings, network, tx))
     whole = sharding.replicated(over)
     places = jax.tree.map(_place, params)
@@ -264,27 +291,24 @@ def _state(settings: Training, network, tx, over: Mesh, trained: dict) -> TrainS
         is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )
     step, key = like(shapes.step, whole), like(shapes.key, whole)
-    return TrainState(step, params, optimizer, None if shapes.average is None else params, key)
+    average = None if shapes.average is None else params
+    if settings.offload:
+        optimizer, average = jax.tree.map(_away, (optimizer, average))
+    return TrainState(step, params, optimizer, average, key)
 
 
-def placed(over: Mesh, abstract: dict, kind: Callable[[str, jax.ShapeDtypeStruct], object]) -> dict:
-    """Shapes with shardings for a tree of `abstract`, of the type that `kind(path, leaf)` says."""
-    if not abstract:
-        return {}
-    places = flatten_dict(sharding.shardings(over, abstract), sep="/")
-    leaves = flatten_dict(nn.meta.unbox(abstract), sep="/")
-    return unflatten_dict(
-        {
-            path: jax.ShapeDtypeStruct(leaf.shape, kind(path, leaf), sharding=places[path])
-            for path, leaf in leaves.items()
-        },
-        sep="/",
+def _near(tree):
+    """What may lie in the host's memory, on the device."""
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, jax.memory.Space.Device) if leaf.ndim else leaf, tree
     )
 
 
-def _kept_as(dtype: str, path: str, leaf: jax.ShapeDtypeStruct):
-    """What stands still is kept as it is computed with: the kernels of blocks in the network's type."""
-    return jnp.dtype(dtype) if path.startswith("blocks/") and path.endswith("/kernel") else jnp.float32
+def _away(leaf):
+    if not leaf.shape:
+        return leaf
+    place = leaf.sharding.with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _drawn(network: dit.DiTConfig, wanted: dict, key: jax.Array) -> dict:

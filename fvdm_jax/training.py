@@ -149,7 +149,7 @@ def train_step(state: TrainState, batch: Batch, apply: Apply, recipe: Recipe) ->
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(measures.loss) & jnp.isfinite(norm)
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = jax.tree.map(_updated, state.params, updates)
     moved = state._replace(params=params, optimizer=optimizer, average=averaged(state, params, recipe.decay))
     kept = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), moved._replace(key=0), state._replace(key=0)
@@ -162,6 +162,11 @@ def train_step(state: TrainState, batch: Batch, apply: Apply, recipe: Recipe) ->
         "frames": measures.frames,
     }
     return kept._replace(step=state.step + 1, key=state.key), told
+
+
+def _updated(leaf: Array, update: Float[Array, "..."]) -> Array:
+    """leaf + update, in float32, as leaf is kept."""
+    return (leaf.astype(jnp.float32) + update).astype(leaf.dtype)
 
 
 def gradients(params: dict, noised: Noised, apply: Apply, recipe: Recipe) -> tuple[dict, Measures]:

@@ -16,11 +16,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
     7: "sample data.job data.encoder data.precompute measures export previews runs train_request train",
-    6: "guidance checkpoint prompts training config trainer",
+    6: "guidance checkpoint prompts training config trainer layouts sampling",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs",
-    3: "coverage kernels.attention models.layers models.causal",
-    2: "stopping program machine progress media clips decode video keeps latents rules request explain"
+    3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
+    " models.causal",
+    2: "stopping program machine programs progress media clips decode video keeps latents rules request explain"
     " sharding process schedule tasks levels weights optimisers models.tokenizer data.source data.folder"
     " data.records data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
@@ -154,7 +155,7 @@ def test_the_flags_are_those_agreed():
 
     assert sorted(parser()._option_string_actions) == sorted(
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
-        " --seed --fps --model --lora --out --overwrite --explain --decode --tiles".split()
+        " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention".split()
     )
 
 
@@ -171,11 +172,13 @@ def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
     from fvdm_jax.models import dit
     from fvdm_jax.process import PROCESSES
     from fvdm_jax.rules import PROCESSES as REQUESTED
-    from fvdm_jax.rules import SOLVERS, SPACINGS
+    from fvdm_jax.kernels.attention import IMPLEMENTATIONS
+    from fvdm_jax.rules import KERNELS, SOLVERS, SPACINGS
     from fvdm_jax.samplers import SAMPLERS
     from fvdm_jax.schedule import SPACINGS as TABLES
 
     assert set(SOLVERS) == set(SAMPLERS) and set(SPACINGS) == set(TABLES)
+    assert KERNELS == ("auto", *IMPLEMENTATIONS)
     assert set(REQUESTED) == set(PROCESSES) and request.PATCH == dit.PATCH
 
 

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fvdm_jax.kernels.attention import IMPLEMENTATIONS, attention
+from fvdm_jax import sharding
+from fvdm_jax.kernels import flash
+from fvdm_jax.kernels.attention import IMPLEMENTATIONS, attention, chosen
 
 Q, K, V = (
     jax.random.normal(jax.random.key(i), shape)
@@ -22,7 +24,8 @@ def exact(q, k, v) -> np.ndarray:
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
 def test_every_implementation_is_softmax_attention(implementation, dtype, atol):
     q, k, v = (part.astype(dtype) for part in (Q, K, V))
-    if implementation == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):
+    on_gpu = implementation == "cudnn" and jax.default_backend() == "gpu" and dtype == "bfloat16"
+    if implementation not in ("auto", "xla") and not on_gpu:
         with pytest.raises(ValueError, match="does not take"):
             attention(q, k, v, implementation)
         return
@@ -49,3 +52,26 @@ def test_rows_of_padding_cost_no_precision():
 def test_large_scores_stay_finite_with_their_gradients():
     energy = lambda q: jnp.sum(attention(1e3 * q, 1e3 * K, V) ** 2)  # noqa: E731
     assert np.all(np.isfinite(jax.grad(energy)(Q)))
+
+
+@pytest.mark.parametrize("budget", [1, 40, 77, 100, 10**6])
+def test_scores_in_chunks_are_the_scores_at_once(monkeypatch, budget):
+    monkeypatch.setattr(flash, "BUDGET", budget)
+    np.testing.assert_allclose(attention(Q, K, V), exact(Q, K, V), rtol=0, atol=1e-6)
+
+
+def test_it_is_compiled_for_the_platform_of_the_mesh(monkeypatch):
+    """Programs are compiled here for TPUs that are elsewhere."""
+    assert chosen("bfloat16", 128) == "xla"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert chosen("bfloat16", 128) == "splash"
+    assert chosen("bfloat16", 384) == "xla"
+    with jax.set_mesh(sharding.mesh(context=2)):
+        assert chosen("bfloat16", 128) == "xla"
+
+
+def test_what_the_compiler_is_to_split_never_goes_to_a_kernel_that_it_cannot(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert "splash" not in str(jax.make_jaxpr(lambda: attention(Q, K, V))())
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "splash" in str(jax.make_jaxpr(lambda: attention(Q, K, V))())

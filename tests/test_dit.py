@@ -165,7 +165,7 @@ def test_depth_costs_no_program():
     def equations(layers: int) -> int:
         config = dataclasses.replace(TINY, layers=layers)
         params = nn.meta.unbox(abstract(config))
-        x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 512, 48))
+        x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 5, 48))
         apply = lambda params: DiT(config).apply({"params": params}, x, jnp.zeros((1, 3)), text)  # noqa: E731
         return len(str(jax.make_jaxpr(apply)(params)).splitlines())
 
@@ -175,7 +175,7 @@ def test_depth_costs_no_program():
 def test_no_array_is_tokens_times_the_whole_modulation():
     """Modulation is six vectors a frame; repeated for every token it is gigabytes at 720p."""
     params = nn.meta.unbox(abstract(TINY))
-    x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 512, 48))
+    x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 5, 48))
     jaxpr = jax.make_jaxpr(lambda p: DiT(TINY).apply({"params": p}, x, jnp.zeros((1, 3)), text))(params)
 
     def shapes(jaxpr):

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 
-from fvdm_jax.models.layers import Dense, layer_norm, rope_table, rotate, sinusoid
+from fvdm_jax.models.layers import Dense, halves, layer_norm, rope_table, rotate, sinusoid
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rope_sinusoid.npz")
 
@@ -28,22 +29,24 @@ def test_the_rope_table_is_wans():
     positions, axes = GOLDEN["pos"][:-1], [(104, 1, 1), (1, 104, 1), (1, 1, 104)]
     for grid, pairs in zip(axes, (slice(0, 22), slice(22, 43), slice(43, 64)), strict=True):
         for ours, golden in zip(rope_table(grid, 128), ("freqs_cos", "freqs_sin"), strict=True):
+            ours = ours.reshape(104, 64)
             np.testing.assert_allclose(ours[positions, pairs], GOLDEN[golden][:-1, pairs], rtol=0, atol=1e-7)
 
 
 def test_rotation_is_wans():
-    grid = (2, 3, 4)
-    ours = rotate(jnp.asarray(GOLDEN["rope_in"]), rope_table(grid, 128))
-    np.testing.assert_allclose(ours, GOLDEN["rope_out"], rtol=0, atol=1e-6)
+    """Of pairs as halves, since their products do not ask in which order they are."""
+    given, golden = (halves(jnp.asarray(GOLDEN[name]), 1) for name in ("rope_in", "rope_out"))
+    ours = rotate(rearrange(given, "b (f n) a k -> b f n a k", f=2), rope_table((2, 3, 4), 128))
+    np.testing.assert_allclose(rearrange(ours, "b f n a k -> b (f n) a k"), golden, rtol=0, atol=1e-6)
 
 
 def test_rotation_sees_only_relative_positions():
     """q·k after rotation depends on how far apart two tokens are, along each axis."""
     q, k = jax.random.normal(jax.random.key(0), (2, 128))
-    q, k = (jnp.broadcast_to(part, (1, 60, 1, 128)) for part in (q, k))
+    q, k = (jnp.broadcast_to(part, (1, 5, 12, 1, 128)) for part in (q, k))
     table = rope_table((5, 4, 3), 128)
-    scores = jnp.einsum("nk,mk->nm", rotate(q, table)[0, :, 0], rotate(k, table)[0, :, 0])
-    scores = np.asarray(scores).reshape(5, 4, 3, 5, 4, 3)
+    q, k = (rotate(part, table)[0, :, :, 0] for part in (q, k))
+    scores = np.asarray(jnp.einsum("fnk,gmk->fngm", q, k)).reshape(5, 4, 3, 5, 4, 3)
     np.testing.assert_allclose(
         scores[1:, 1:, 1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1, :-1, :-1], atol=1e-4
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fvdm_jax import checkpoint, sharding, video
+from fvdm_jax import checkpoint, programs, sharding, video
 from fvdm_jax.data.feed import NOTHING
 from fvdm_jax.data.folder import Folder
 from fvdm_jax.data.job import PARTS
@@ -90,7 +90,8 @@ class Encoder:
         first = jnp.zeros((self.batch, 1, *size, 3))
         with self._stages("compile"):
             first = jax.device_put(first, sharding.spatial(self._mesh))
-            return Stream(self._networks.vae, "encode", params, first)
+            compiled = functools.partial(programs.compiled, self._stages.say)
+            return Stream(self._networks.vae, "encode", params, first, compiled)
 
     def latents(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The latents [f h w c] of up to `batch` clips [t H W 3], uint8, of one size, as they are stored."""

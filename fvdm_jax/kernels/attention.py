@@ -1,56 +1,66 @@
 """One signature for attention; implementations in order, each of which may decline."""
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
 
-Heads = Float[Array, "b n a k"]
-
-
-def xla(q: Heads, k: Heads, v: Heads) -> Heads:
-    """Plain XLA: runs everywhere, and is the oracle of the others."""
-    # The weights sum to one, so values may be taken relative to any of them. Most of Wan's 512 text rows are
-    # the same padding: relative to the last row they are 0, while summed up in float32 they cost 9e-6 of the
-    # network's output. In bfloat16 the difference would be rounded, for nothing.
-    origin = v[:, -1:] if v.dtype == jnp.float32 else jnp.zeros_like(v[:, -1:])
-    # jax.nn widens the scores by implicit promotion, which strict mode forbids.
-    precision = jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision(precision.name.lower()):
-        return jax.nn.dot_product_attention(q, k, v - origin, implementation="xla") + origin
+from fvdm_jax.kernels.cudnn import cudnn
+from fvdm_jax.kernels.flash import Flash, Heads, differentiable
+from fvdm_jax.kernels.flash import xla as plain
+from fvdm_jax.kernels.splash import splash
 
 
-def cudnn(q: Heads, k: Heads, v: Heads) -> Heads | None:
-    """cuDNN's fused kernel; declines off NVIDIA's GPUs, in float32, and for heads it does not take."""
-    width = q.shape[-1]
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return None
-    # Hopper and later take heads of 256, but 128 is the widest in use besides the VAE's one of 384 and more.
-    if width % 8 or width > 128 or not _is_nvidia():
-        return None
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+def xla(platform: str, dtype: DTypeLike, width: int) -> Flash:
+    """Plain XLA takes everything everywhere."""
+    return plain
 
 
-def _is_nvidia() -> bool:
-    """Whether the default device is an NVIDIA GPU of a generation that cuDNN's kernel runs on."""
-    capability = jax.devices()[0].compute_capability
-    return capability.replace(".", "").isdigit() and float(capability) >= 8.0
+IMPLEMENTATIONS = {"splash": splash, "cudnn": cudnn, "xla": xla}
+"""Name → (platform, dtype, width of a head) → Flash, or None where it does not take these; in the order in
+which "auto" tries them."""
 
 
-IMPLEMENTATIONS = {"cudnn": cudnn, "xla": xla}
-"""In the order in which "auto" tries them; the last runs everywhere."""
+def platform() -> str:
+    """The platform that is compiled for: of the mesh that is set, whose devices need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def chosen(dtype: DTypeLike, width: int, implementation: str = "auto") -> str:
+    """The name of the implementation that takes heads of this width.
+
+    `implementation` is "auto" or a name of IMPLEMENTATIONS; ValueError where the named one
+    does not take them.
+    """
+    names = IMPLEMENTATIONS if implementation == "auto" else (implementation,)
+    for name in names:
+        if IMPLEMENTATIONS[name](platform(), jax.numpy.dtype(dtype), width) is not None:
+            return name
+    raise ValueError(
+        f"attention {implementation!r} does not take {dtype} heads of {width} on {platform()}; use 'auto'"
+    )
+
+
+def kernel(dtype: DTypeLike, width: int, implementation: str = "auto") -> Flash:
+    """The implementation that is `chosen`."""
+    name = chosen(dtype, width, implementation)
+    return IMPLEMENTATIONS[name](platform(), jax.numpy.dtype(dtype), width)
+
+
+def _split_by_compiler() -> bool:
+    """Whether the compiler divides this call among devices, which it cannot do with a kernel of Pallas."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() > 1
+    return mesh.size > 1 and not mesh.are_all_axes_manual
 
 
 def attention(q: Heads, k: Heads, v: Heads, implementation: str = "auto") -> Heads:
     """Softmax attention, bidirectional and unmasked: softmax(q kᵀ/√k) v, the softmax in float32.
 
     q [b n a k] · k, v [b m a k] → [b n a k] in q's dtype. `implementation` is "auto" or a name of
-    IMPLEMENTATIONS; ValueError where the named one does not take these inputs.
+    IMPLEMENTATIONS; ValueError where the named one does not take these inputs. What is sharded over a mesh
+    and goes through here, not through `parallel`, never takes the kernels of Pallas.
     """
-    names = IMPLEMENTATIONS if implementation == "auto" else (implementation,)
-    for name in names:
-        out = IMPLEMENTATIONS[name](q, k, v)
-        if out is not None:
-            return out
-    raise ValueError(
-        f"attention {implementation!r} does not take {q.dtype}{list(q.shape)} on this backend; use 'auto'"
-    )
+    if implementation == "auto" and platform() == "tpu" and _split_by_compiler():
+        implementation = "xla"
+    return differentiable(kernel(q.dtype, q.shape[-1], implementation))(q, k, v)

@@ -6,19 +6,18 @@ implementations repeat it for every token, 4.6 GB at 14B and 720p where this is 
 """
 
 import dataclasses
+from functools import partial, reduce
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fvdm_jax import sharding
-from fvdm_jax.kernels.attention import attention
+from fvdm_jax.kernels.parallel import Attending, cross_attention, self_attention
 from fvdm_jax.models.layers import (
-    ATTENTION,
     Dense,
     LayerNorm,
     RMSNorm,
@@ -79,34 +78,62 @@ class Extra(NamedTuple):
 NO_EXTRA = Extra()
 
 
+class Keys(NamedTuple):
+    """Keys and values [b m a k] of what is attended to."""
+
+    k: Float[Array, "b m a k"]
+    v: Float[Array, "b m a k"]
+
+
+class Prompt(NamedTuple):
+    """What cross-attention needs of a text, and of an image where there is one: of one layer, or stacked."""
+
+    text: Keys
+    image: Keys | None = None
+
+
 class Attention(nn.Module):
     """Wan's attention: q and k normalised over the full width before the heads are split.
 
-    With a rope table it is self-attention over all frames; with `image` it adds a second softmax over the
-    image tokens, of the same queries, before the output projection.
+    Where `rotated` it is self-attention over the tokens of all frames, by a rope table; else cross-attention
+    to a prompt, and of an image in it there is a second softmax, of the same queries, before the output.
     """
 
     config: DiTConfig
+    attending: Attending = Attending()
+    rotated: bool = False
 
-    @nn.compact
-    def __call__(self, x, context, rope=None, image=None):
-        q = self._heads("q", x, norm="norm_q")
-        k, v = self._heads("k", context, norm="norm_k"), self._heads("v", context)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        out = attention(q, k, v)
-        if image is not None:
-            k, v = self._heads("k_img", image, norm="norm_k_img"), self._heads("v_img", image)
-            out = out + attention(q, k, v)
-        out = rearrange(out, "b n a k -> b n (a k)")
-        # Cross-attention is cheap, and to keep it would take as much memory.
-        out = out if rope is None else checkpoint_name(out, ATTENTION)
-        return Dense(self.config.width, ("heads", "embed"), self.config.dtype, name="o")(out)
+    def setup(self):
+        c, halved = self.config, self.config.heads if self.rotated else 0
+        for name in ("q", "k", "v", "k_img", "v_img"):
+            heads = halved if name in ("q", "k") else 0
+            setattr(self, name, Dense(c.width, ("embed", "heads"), c.dtype, heads=heads))
+        for name in ("norm_q", "norm_k", "norm_k_img"):
+            setattr(self, name, RMSNorm(axis="heads", heads=halved))
+        self.o = Dense(c.width, ("heads", "embed"), c.dtype)
 
-    def _heads(self, name, x, norm=None):
-        y = Dense(self.config.width, ("embed", "heads"), self.config.dtype, name=name)(x)
-        y = y if norm is None else RMSNorm(axis="heads", name=norm)(y)
-        return rearrange(y, "b n (a k) -> b n a k", a=self.config.heads)
+    def __call__(self, x: FrameTokens, prompt: Prompt | None = None, rope=None) -> FrameTokens:
+        q = self._heads(self.norm_q(self.q(x)))
+        if self.rotated:
+            k, v = self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+            out = self_attention(rotate(q, rope), rotate(k, rope), v, self.attending)
+        else:
+            out = cross_attention(q, *prompt.text, self.attending)
+            if prompt.image is not None:
+                out = out + cross_attention(q, *prompt.image, self.attending)
+        return self.o(rearrange(out, "b f n a k -> b f n (a k)"))
+
+    def prompt(self, text: TextStates, image: Float[Array, "b n e"] | None = None) -> Prompt:
+        """What this layer attends to of the embedded text and image."""
+        keys = Keys(self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)))
+        if image is None:
+            return Prompt(keys)
+        return Prompt(
+            keys, Keys(self._heads(self.norm_k_img(self.k_img(image))), self._heads(self.v_img(image)))
+        )
+
+    def _heads(self, y):
+        return rearrange(y, "... (a k) -> ... a k", a=self.config.heads)
 
 
 class FeedForward(nn.Module):
@@ -123,7 +150,8 @@ class FeedForward(nn.Module):
 def modulation_table(module: nn.Module, rows: int, width: int) -> Float[Array, "rows d"]:
     """The learned table that is added to a frame's modulation; Wan draws it N(0, 1/width)."""
     init = nn.initializers.normal(width**-0.5)
-    return module.param("modulation", named(init, None, "embed"), (rows, width)).astype(jnp.float32)
+    table = module.param("modulation", named(init, None, "embed"), (rows, width))
+    return table.astype(jnp.float32)
 
 
 def split_modulation(table, embedded) -> list[Float[Array, "b f 1 d"]]:
@@ -137,28 +165,26 @@ def gated(x: FrameTokens, gate: Float[Array, "b f 1 d"], y: FrameTokens) -> Fram
 
 
 class Block(nn.Module):
-    """One layer: self-attention and feed-forward, modulated and gated per frame, around cross-attention."""
+    """One layer: self-attention and feed-forward, modulated and gated per frame, around cross-attention.
+
+    `prompt` is a Prompt of this layer, or the embedded (text, image) of which it is made.
+    """
 
     config: DiTConfig
+    attending: Attending = Attending()
 
     @nn.compact
-    def __call__(self, x: FrameTokens, embedded, text, image, rope):
-        c, dtype, frames = self.config, self.config.dtype, x.shape[1]
+    def __call__(self, x: FrameTokens, embedded, prompt, rope):
+        c, dtype = self.config, self.config.dtype
         x = sharding.constrained(x, sharding.TOKENS)
         table = modulation_table(self, 6, c.width)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = split_modulation(table, embedded)
 
-        def flat(y):
-            return rearrange(y.astype(dtype), "b f n d -> b (f n) d")
-
-        def framed(y):
-            return rearrange(y, "b (f n) d -> b f n d", f=frames)
-
-        y = flat(layer_norm(x) * (1 + scale_a) + shift_a)
-        y = framed(Attention(c, name="self_attn")(y, y, rope=rope))
-        x = gated(x, gate_a, y)
-        y = flat(LayerNorm(name="norm3")(x))
-        x = x + framed(Attention(c, name="cross_attn")(y, text, image=image))
+        y = layer_norm(x) * (1 + scale_a) + shift_a
+        x = gated(x, gate_a, Attention(c, self.attending, True, name="self_attn")(y.astype(dtype), rope=rope))
+        cross = Attention(c, self.attending, name="cross_attn")
+        prompt = prompt if isinstance(prompt, Prompt) else cross.prompt(*prompt)
+        x = x + cross(LayerNorm(name="norm3")(x), prompt)
         y = layer_norm(x) * (1 + scale_f) + shift_f
         return gated(x, gate_f, FeedForward(c, name="ffn")(y.astype(dtype))), None
 
@@ -188,7 +214,8 @@ class ImageEmbedding(nn.Module):
         c = self.config
         if c.image_tokens:
             init = named(nn.initializers.zeros, None, "embed_in")
-            x = x + self.param("positions", init, (c.image_tokens, c.image_width)).astype(x.dtype)
+            positions = self.param("positions", init, (c.image_tokens, c.image_width))
+            x = x + positions.astype(x.dtype)
         x = LayerNorm(1e-5, name="norm_in")(x)
         x = Dense(c.image_width, ("embed_in", "embed_in_out"), c.dtype, name="up")(x)
         x = Dense(c.width, ("embed_in", "embed"), c.dtype, name="down")(nn.gelu(x, approximate=False))
@@ -220,16 +247,20 @@ class DiT(nn.Module):
 
     `text` [b l e] is zero after each prompt's true length and is attended unmasked, as Wan does; h and w
     are even. float32 in, float32 out; inside `config.dtype`, with the time embedding, norms, modulation,
-    softmax and head in float32. `extra` is for the networks with 36 input channels; `remat` a name of
-    `layers.REMAT`, which changes memory and not results.
+    softmax and head in float32. Instead of `text` a Prompt, as of `told`, will do. `extra` is for the
+    networks with 36 input channels; `remat`, a name of `layers.REMAT`, and `attending` change memory and time
+    and not results.
     Source: Wan2.1 wan/modules/model.py; per frame as Wan2.2's, with the modulation not repeated per token.
     """
 
     config: DiTConfig
     remat: str = "none"
+    attending: Attending = Attending()
 
     @nn.compact
-    def __call__(self, x: Latents, timestep: Levels, text: TextStates, extra: Extra = NO_EXTRA) -> Latents:
+    def __call__(
+        self, x: Latents, timestep: Levels, text: TextStates | Prompt, extra: Extra = NO_EXTRA
+    ) -> Latents:
         c = self.config
         if extra.channels is not None:
             x = jnp.concatenate([x, extra.channels], axis=-1)
@@ -240,14 +271,40 @@ class DiT(nn.Module):
         time = MLP(c.width, "silu", "float32", name="time_embedding")(sinusoid(timestep, FREQUENCIES))
         projected = Dense(6 * c.width, ("embed", "mlp"), "float32", name="time_projection")(nn.silu(time))
         projected = rearrange(projected, "b f (r d) -> b f r d", r=6)
-        text = MLP(c.width, "gelu", c.dtype, name="text_embedding")(text)
-        image = None if extra.image is None else ImageEmbedding(c, name="image_embedding")(extra.image)
+        given, prompt = isinstance(text, Prompt), text
+        if not given:
+            image = None if extra.image is None else ImageEmbedding(c, name="image_embedding")(extra.image)
+            prompt = MLP(c.width, "gelu", c.dtype, name="text_embedding")(text), image
 
-        tokens, _ = stacked(Block, c.layers, self.remat)(c, name="blocks")(
-            tokens, projected, text, image, rope_table((f, h, w), c.width // c.heads)
+        rope = rope_table((f, h, w), c.width // c.heads)
+        axes = (nn.broadcast, 0 if given else nn.broadcast, nn.broadcast)
+        tokens, _ = stacked(Block, c.layers, self.remat, axes)(c, self.attending, name="blocks")(
+            tokens, projected, prompt, rope
         )
         patches = Head(c, name="head")(tokens, time)
         return rearrange(patches, "b f (h w) (p q c) -> b f (h p) (w q) c", h=h, p=PATCH, q=PATCH)
+
+
+def told(config: DiTConfig, variables: dict, text: TextStates, extra: Extra = NO_EXTRA) -> Prompt:
+    """The Prompt of all layers, stacked, which the steps of a sampler share.
+
+    `variables` are as `DiT.apply` takes them.
+    """
+
+    def of(*path: str) -> dict:
+        found = {
+            kind: reduce(lambda tree, name: tree.get(name, {}), path, tree)
+            for kind, tree in variables.items()
+        }
+        return {kind: tree for kind, tree in found.items() if tree}
+
+    text = MLP(config.width, "gelu", config.dtype).apply(of("text_embedding"), text)
+    image = extra.image
+    if image is not None:
+        image = ImageEmbedding(config).apply(of("image_embedding"), image)
+    layer = partial(Attention(config).apply, method="prompt")
+    prompts = jax.lax.map(lambda variables: layer(variables, text, image), of("blocks", "cross_attn"))
+    return jax.tree.map(lambda keys: sharding.constrained(keys, sharding.KEYS), prompts)
 
 
 def example(config: DiTConfig) -> tuple[Latents, Levels, TextStates, Extra]:
@@ -260,6 +317,11 @@ def example(config: DiTConfig) -> tuple[Latents, Levels, TextStates, Extra]:
         image=jnp.zeros((1, config.image_tokens or 1, config.image_width)) if config.image_width else None,
     )
     return x, jnp.zeros((1, 1)), jnp.zeros((1, 1, config.text_width)), extra
+
+
+def stored(dtype: str, path: str, leaf: jax.ShapeDtypeStruct):
+    """The type of a parameter that stands still: that which it is computed with, float32 or `dtype`."""
+    return jnp.dtype(dtype) if path.startswith("blocks/") and path.endswith("/kernel") else jnp.float32
 
 
 def abstract(config: DiTConfig):

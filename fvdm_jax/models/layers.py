@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 from numpy.typing import DTypeLike
 
-Names = tuple[str | None, ...]
+from fvdm_jax import sharding
+from fvdm_jax.kernels.flash import ATTENTION
+from fvdm_jax.sharding import Names
 
 
 def named(init: Callable, *names: str | None) -> Callable:
@@ -18,20 +21,50 @@ def named(init: Callable, *names: str | None) -> Callable:
     return nn.with_logical_partitioning(init, names)
 
 
+def pair_names(names: Names) -> tuple[Names, Names]:
+    """Logical axes of adapters a [in r] and b [r out] beside a kernel with these."""
+    rows, columns = names
+    return (rows, None), ("rank", columns)
+
+
 def precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     """That of products of this type: float32 means float32, where TPUs and GPUs would round to less."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
-    """x·kernel in x's dtype."""
-    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"], names: Names) -> Float[Array, "... o"]:
+    """x·kernel in x's dtype, on the mesh that is set; `names` are the kernel's logical axes.
+
+    The rows of the kernel come together from the devices that keep them, and its gradient goes back to them
+    in parts: said step by step, since XLA by itself sends whole arrays and sums those of all devices.
+    """
+    kernel = kernel.astype(x.dtype)
+    over = jax.sharding.get_abstract_mesh()
+    if over.empty or over.size == 1:
+        return jnp.matmul(x, kernel, precision=precision(x.dtype))
+    spec = sharding.fitting(sharding.kept(names), kernel.shape, over)
+    parts = [axis for axis in sharding.axes(spec[0]) if axis in sharding.ROWS]
+    inner, outer = (tuple(axis for axis in sharding.axes(cut) if axis not in parts) or None for cut in spec)
+
+    # Where nothing else is computed again for the gradient, the gathered kernel still is not kept for it.
+    @jax.checkpoint
+    def multiply(x, kernel):
+        for axis in reversed(parts):
+            kernel = jax.lax.all_gather(kernel, axis, axis=0, tiled=True)
+        y = jnp.matmul(x, kernel, precision=precision(x.dtype))
+        return jax.lax.psum(y, inner) if inner else y
+
+    taken, given = (PartitionSpec(*sharding.activations(x.ndim), cut) for cut in (inner, outer))
+    taken = sharding.fitting(taken, x.shape, over)
+    given = sharding.fitting(given, (*x.shape[:-1], kernel.shape[1]), over)
+    return jax.shard_map(multiply, in_specs=(taken, spec), out_specs=given, check_vma=False)(x, kernel)
 
 
 class Dense(nn.Module):
     """x [… in] → [… features]: x·kernel + bias, computed in `dtype` from float32 parameters.
 
-    Where the `lora` collection holds `a` [in r] and `b` [r out] for this layer, x·a·b is added.
+    Where the `lora` collection holds `a` [in r] and `b` [r out] for this layer, x·a·b is added. With `heads`
+    the features come in the order of `halves`: to turn the parameters is cheaper than what they give.
     """
 
     features: int
@@ -39,31 +72,41 @@ class Dense(nn.Module):
     dtype: DTypeLike = jnp.float32
     bias: bool = True
     initializer: Callable = nn.initializers.xavier_uniform()
+    heads: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         kernel = self.param("kernel", named(self.initializer, *self.names), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = product(x, kernel)
+        y = product(x, self._ordered(kernel), self.names)
         if self.has_variable("lora", "a"):
-            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-            y = y + product(product(x, a), b)
+            a, b = (self.get_variable("lora", part) for part in "ab")
+            of_a, of_b = pair_names(self.names)
+            y = y + product(product(x, a, of_a), self._ordered(b), of_b)
         if self.bias:
-            y = y + self.param("bias", named(nn.initializers.zeros, self.names[-1]), (self.features,)).astype(
-                self.dtype
-            )
+            bias = self.param("bias", named(nn.initializers.zeros, self.names[-1]), (self.features,))
+            y = y + self._ordered(bias)
         return y
+
+    def _ordered(self, parameter):
+        parameter = parameter.astype(self.dtype)
+        return halves(parameter, self.heads) if self.heads else parameter
 
 
 class RMSNorm(nn.Module):
-    """x/√(mean x² + ε)·scale over the last axis; statistics and product in float32, returned in x's dtype."""
+    """x/√(mean x² + ε)·scale over the last axis; statistics and product in float32, returned in x's dtype.
+
+    With `heads` x is in the order of `halves`.
+    """
 
     epsilon: float = 1e-6
     axis: str | None = "embed"
+    heads: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         scale = self.param("scale", named(nn.initializers.ones, self.axis), (x.shape[-1],))
+        scale = halves(scale, self.heads) if self.heads else scale
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.epsilon)
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -89,9 +132,6 @@ class LayerNorm(nn.Module):
         return y.astype(x.dtype)
 
 
-ATTENTION = "attention"
-"""The name under which what attention gives is kept for the gradient, by the policies below that keep it."""
-
 _policies = jax.checkpoint_policies
 REMAT = {
     "none": None,
@@ -108,19 +148,19 @@ REMAT = {
 self-attention gave, whose computation grows with the square of the tokens; the same, in the host's memory."""
 
 
-def stacked(layer: type[nn.Module], length: int, remat: str = "none"):
+def stacked(layer: type[nn.Module], length: int, remat: str = "none", axes=nn.broadcast):
     """`layer` scanned over `length` layers: one compiled layer whatever the depth.
 
-    The layer takes (x, *what is the same for all) and gives (x, None). Parameters and adapters are stacked
-    on a first axis named "layers"; what `remat`, a name of REMAT, does not keep is computed again for the
-    gradient.
+    The layer takes (x, *others) and gives (x, None); `axes` says of each of the others whether it is the same
+    for all, `nn.broadcast`, or 0, stacked. Parameters and adapters are stacked on a first axis named
+    "layers"; what `remat`, a name of REMAT, does not keep is computed again for the gradient.
     """
     policy = REMAT[remat]
     return nn.scan(
         nn.remat(layer, prevent_cse=False, policy=policy) if policy else layer,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=axes,
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -166,7 +206,7 @@ def rope_angles(positions: int, width: int) -> np.ndarray:
 
 
 def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Array, Array]:
-    """(cos, sin) [f·h·w, width/2] of Wan's 3-D rotary embedding for a grid (f, h, w) of tokens.
+    """(cos, sin) [f, h·w, width/2] of Wan's 3-D rotary embedding for a grid (f, h, w) of tokens.
 
     The head's pairs are dealt to the axes as Wan does: height and width get ⌊width/6⌋ pairs each, time the
     rest (22, 21, 21 of 64 for width 128), each axis with frequencies of its own width. Built per axis in
@@ -184,14 +224,19 @@ def rope_table(grid: tuple[int, int, int], width: int) -> tuple[Array, Array]:
             )
             for n, k, pattern in zip(grid, widths, patterns, strict=True)
         ]
-        return rearrange(jnp.concatenate(axes, -1), "f h w k -> (f h w) k")
+        return rearrange(jnp.concatenate(axes, -1), "f h w k -> f (h w) k")
 
     return table(np.cos), table(np.sin)
 
 
-def rotate(x: Float[Array, "b n a k"], table: tuple[Array, Array]) -> Float[Array, "b n a k"]:
-    """x with its interleaved pairs (x₀,x₁), (x₂,x₃)… turned by the table's angles; float32 inside."""
-    cos, sin = (rearrange(t, "n k -> n 1 k") for t in table)
-    pairs = rearrange(x.astype(jnp.float32), "b n a (k two) -> two b n a k", two=2)
-    turned = jnp.stack([pairs[0] * cos - pairs[1] * sin, pairs[0] * sin + pairs[1] * cos])
-    return rearrange(turned, "two b n a k -> b n a (k two)").astype(x.dtype)
+def halves(x: Float[Array, "... d"], heads: int) -> Float[Array, "... d"]:
+    """The interleaved pairs (x₀,x₁), (x₂,x₃)… of every head as two halves: x₀, x₂, … and x₁, x₃, …"""
+    return rearrange(x, "... (a k two) -> ... (a two k)", a=heads, two=2)
+
+
+def rotate(x: Float[Array, "b f n a k"], table: tuple[Array, Array]) -> Float[Array, "b f n a k"]:
+    """x with its pairs, of which each is in both `halves`, turned by the table's angles; float32 inside."""
+    cos, sin = (rearrange(t, "f n k -> f n 1 k") for t in table)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return turned.astype(x.dtype)

@@ -7,7 +7,7 @@ the whole clip up to rounding. Frames split over devices, by their sharding, sta
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -73,13 +73,22 @@ OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZE
 piece at 480x832 has temporaries of 4.3 GiB, not 2.9."""
 
 
+Compile = Callable[[jax.stages.Lowered, str, Mapping | None], jax.stages.Compiled]
+"""Compiles a lowered program, under a name for people, with the compiler's options."""
+
+
+def silently(lowered: jax.stages.Lowered, what: str, options: Mapping | None) -> jax.stages.Compiled:
+    """The compiled program; nobody is told."""
+    return lowered.compile(options)
+
+
 class Stream:
     """Encodes or decodes clips of one size, compiled once for the first piece and once for all the others."""
 
-    def __init__(self, config: VAEConfig, method: str, params: dict, first):
+    def __init__(self, config: VAEConfig, method: str, params: dict, first, compile: Compile = silently):
         """`first`, the first piece of a clip, tells sizes and sharding; nothing is computed.
 
-        It is a picture [b 1 H W 3] to "encode", a latent frame [b 1 h w c] to "decode".
+        It and `params` may be shapes with shardings. It is a picture [b 1 H W 3] to "encode", a latent frame [b 1 h w c] to "decode".
         """
         self._length = config.stride if method == "encode" else 1
         later = (first.shape[0], self._length, *first.shape[2:])
@@ -87,7 +96,10 @@ class Stream:
         run = partial(piece, config, method)
         self._run, self._params, self._later = run, params, later
         self._memory = jax.eval_shape(run, params, first)[1]
-        self._begin = jax.jit(run).lower(params, first).compile(OPTIONS.get(jax.default_backend()))
+        self._options = OPTIONS.get(_platform(first))
+        self._compile, self._what = compile, f"{method} ({first.shape[2]}x{first.shape[3]})"
+        lowered = jax.jit(run).lower(params, first)
+        self._begin = compile(lowered, f"first piece to {self._what}", self._options)
 
     @functools.cached_property
     def _proceed(self):
@@ -98,7 +110,13 @@ class Stream:
             lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), self._memory, placed
         )
         proceed = jax.jit(self._run, out_shardings=(None, placed), donate_argnums=2)
-        return proceed.lower(self._params, self._later, memory).compile(OPTIONS.get(jax.default_backend()))
+        lowered = proceed.lower(self._params, self._later, memory)
+        return self._compile(lowered, f"later pieces to {self._what}", self._options)
+
+    @property
+    def programs(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """The compiled program of the first piece, and that of all others."""
+        return self._begin, self._proceed
 
     @property
     def bytes(self) -> int:
@@ -124,6 +142,13 @@ class Stream:
 
     def _placed(self, x):
         return jax.device_put(x, self._later.sharding)
+
+
+def _platform(x) -> str:
+    """What the devices are that x lies on, which may be such as are only known by name."""
+    if x.sharding is None:
+        return jax.default_backend()
+    return next(iter(x.sharding.device_set)).platform
 
 
 OVERLAP = 8
