@@ -148,7 +148,23 @@ def _loaded(make: Callable, where: str, dtype: str):
 
     torch.set_num_threads(threads())
     with limited():
-        return make().to(where, getattr(torch, dtype)).eval()
+        return torch.nn.Module.to(make(), where, getattr(torch, dtype)).eval()
+
+
+def _transformer(config: DiTConfig, where: str):
+    """For use: what diffusers keeps as float32 when it loads weights is so here too."""
+    import torch
+
+    torch.set_num_threads(threads())
+    network = transformer(config).eval()
+    kept = tuple(network._keep_in_fp32_modules)
+    with limited():
+        for name, parameter in network.named_parameters():
+            dtype = "float32" if any(part in name for part in kept) else config.dtype
+            parameter.data = parameter.data.to(where, getattr(torch, dtype))
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(where)
+    return network
 
 
 def _inputs(case: Case, where: str, batch: int):
@@ -161,7 +177,7 @@ def _forward(case: Case, where: str) -> Run:
     """With one timestep for all frames, which is the less work for it."""
     import torch
 
-    network = _loaded(functools.partial(transformer, case.networks.dit), where, case.networks.dit.dtype)
+    network = _transformer(case.networks.dit, where)
     x, text = _inputs(case, where, case.batch)
     timestep = torch.full((case.batch,), 500.0, device=where)
     return _waiting(lambda: network(x, timestep, text, return_dict=False), where)
@@ -171,7 +187,7 @@ def _sample(case: Case, where: str) -> Run:
     """A step as its pipeline takes it: the network twice, guidance, UniPC."""
     from diffusers import UniPCMultistepScheduler
 
-    network = _loaded(functools.partial(transformer, case.networks.dit), where, case.networks.dit.dtype)
+    network = _transformer(case.networks.dit, where)
     x, text = _inputs(case, where, 1)
     options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
     scheduler = UniPCMultistepScheduler(**options)
@@ -190,7 +206,7 @@ def _train(case: Case, where: str) -> Run:
 
     torch.set_num_threads(threads())
     with limited():
-        network = transformer(case.networks.dit).to(where)
+        network = torch.nn.Module.to(transformer(case.networks.dit), where)
         if case.remat != "none":
             network.enable_gradient_checkpointing()
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)

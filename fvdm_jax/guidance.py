@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from fvdm_jax.lora import Network
+from fvdm_jax.models.dit import Prompt
 from fvdm_jax.process import Prediction, Process
-from fvdm_jax.samplers import Denoiser, Sampler, sample
+from fvdm_jax.samplers import Denoiser, Sampler, advance, begin
 from fvdm_jax.shapes import Latents, Levels, Schedule, TextStates
 
 Apply = Callable[..., Latents]
@@ -31,50 +32,61 @@ def guided(
     form of Wan, where scale 1 is no guidance.
     """
     others = () if extra is None else (extra,)
-    both = text if negative is None else jnp.concatenate([negative, text])
+    if negative is None:
+        return steered(process, lambda x, timestep: apply(x, timestep, text, *others))
+    both, others = jnp.concatenate([negative, text]), _twice(others)
+    return steered(process, lambda x, timestep: apply(x, timestep, both, *others), scale)
+
+
+def steered(
+    process: Process, ask: Callable[..., Latents], scale: float | jax.Array | None = None
+) -> Denoiser:
+    """A denoiser that says what `ask(x, timestep)` says; with a `scale` it is asked of x twice in one batch,
+    and what it says of the second is taken `scale` times as far from what it says of the first."""
 
     def denoise(x: Latents, level: Levels) -> Prediction:
         timestep = process.timestep(level)
-        if negative is None:
-            return process.read(x, apply(x, timestep, text, *others), level)
-        without, said = jnp.split(apply(*_twice((x, timestep)), both, *_twice(others)), 2)
+        if scale is None:
+            return process.read(x, ask(x, timestep), level)
+        without, said = jnp.split(ask(*_twice((x, timestep))), 2)
         return process.read(x, without + scale * (said - without), level)
 
     return denoise
 
 
 class Generation(NamedTuple):
-    """How clips are generated, but for what may be traced: process, solver, and whether guidance is used."""
+    """How a network generates clips, but for what may be traced: process, solver, and whether it is guided.
 
+    Parameters are as the network takes them.
+    """
+
+    network: Network
     process: Process
     sampler: Sampler
     guided: bool = True
 
-    def program(self, network: Network, observe: Callable[[], None] | None = None) -> Callable[..., Latents]:
-        """(params, (text, negative), scale, noise, canvas, schedule) → latents [b f h w c], to be jitted.
+    def told(self, params: dict, prompts: tuple[TextStates, TextStates]) -> Prompt:
+        """What every step needs of (text, negative), each [b l e]."""
+        text, negative = prompts
+        return self.network.told(params, jnp.concatenate([negative, text]) if self.guided else text)
 
-        `params` are as `network` takes them; `observe` is called at every step.
-        """
+    def begin(self, noise: Latents, canvas: Latents, schedule: Schedule) -> tuple:
+        """As `samplers.begin`."""
+        return begin(self.process, self.sampler, noise, canvas, schedule)
 
-        def program(params, prompts, scale, noise: Latents, canvas: Latents, schedule: Schedule) -> Latents:
-            text, negative = prompts
-            # What the layers make of the prompts is the same at every step.
-            prompt = network.told(params, jnp.concatenate([negative, text]) if self.guided else text)
+    def advance(self, params: dict, prompt: Prompt, scale, carry: tuple, schedule: Schedule) -> tuple:
+        """As `samplers.advance`, by the network that is told the prompt."""
 
-            def apply(x: Latents, timestep: Levels, _) -> Latents:
-                return network.velocity(params, x, timestep, prompt)
+        def ask(x: Latents, timestep: Levels) -> Latents:
+            return self.network.velocity(params, x, timestep, prompt)
 
-            denoise = guided(self.process, apply, text, negative if self.guided else None, scale)
+        denoise = steered(self.process, ask, scale if self.guided else None)
+        return advance(self.process, denoise, self.sampler, carry, schedule)
 
-            def observed(x: Latents, level: Levels) -> Prediction:
-                jax.debug.callback(observe)
-                return denoise(x, level)
-
-            return sample(
-                self.process, observed if observe else denoise, self.sampler, noise, canvas, schedule
-            )
-
-        return program
+    def sample(self, params: dict, prompts: tuple, scale, noise, canvas, schedule) -> Latents:
+        """The clip [b f h w c]: all of it in one function, to be jitted."""
+        carry = self.begin(noise, canvas, schedule)
+        return self.advance(params, self.told(params, prompts), scale, carry, schedule)[0]
 
 
 def _twice(tree):

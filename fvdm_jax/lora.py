@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from fvdm_jax import sharding
-from fvdm_jax.kernels.parallel import Attending
+from fvdm_jax.kernels.parallel import Attending, described
 from fvdm_jax.models import dit
 from fvdm_jax.models.layers import pair_names, precision
 from fvdm_jax.shapes import Latents, Levels, TextStates
@@ -51,6 +51,15 @@ class Network(NamedTuple):
     def told(self, params: dict, text: TextStates) -> dit.Prompt:
         """What every step of a sampler needs of the text [b l e], made once."""
         return dit.told(self.config, variables(params["dit"], params.get("adapters", [])), text)
+
+    def attention(self, over: Mesh, clip: tuple[int, int, int]) -> str:
+        """How attention is computed on the mesh for clips of (f, h, w) in latents.
+
+        ValueError where it cannot be as asked for.
+        """
+        c, tokens = self.config, clip[1] // dit.PATCH * (clip[2] // dit.PATCH)
+        with jax.set_mesh(over):
+            return described(self.attending, c.dtype, c.heads, c.width // c.heads, tokens)
 
 
 TARGETS = r"blocks/(self_attn|cross_attn)/[qkvo]|blocks/ffn/(up|down)"

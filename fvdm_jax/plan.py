@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 
 from fvdm_jax.aot import TooLarge, devices, prepare
-from fvdm_jax.plan_request import Asked, parse
+from fvdm_jax.chips import Slice
+from fvdm_jax.plan_request import parse
 from fvdm_jax.program import Refusal, leave, legible, outputs, run
 
 GB = 1e9
@@ -22,11 +23,12 @@ def main(argv: list[str]) -> int:
     if asked.slice.gpu and case.codes:
         what = f"{flags.task} has no formula, and for GPUs there is no compiler here"
         raise Refusal("--task", what, "name a slice of TPUs, or plan train or sample")
+    found = [] if asked.slice.gpu else there(asked.slice)
     try:
         layouts = planning.layouts_of(case)
     except ValueError as wrong:
         raise Refusal("--mesh" if settings.mesh else "--batch", str(wrong)) from wrong
-    tried = list(tries(case, layouts[: flags.tries], asked))
+    tried = list(tries(case, layouts[: flags.tries], found))
     best = fastest(tried)
     told = best | {"tried": tried} | costing(best, flags, settings)
     if flags.json:
@@ -36,17 +38,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def tries(case, layouts: list[dict[str, int]], asked: Asked) -> Iterator[dict]:
-    """A record for each layout, told while they are compiled where there are several."""
-    from fvdm_jax import planning
-
-    if asked.slice.gpu:
-        yield from (planning.estimated(case, sizes) for sizes in layouts)
-        return
+def there(over: Slice) -> list:
+    """The devices of a slice of TPUs. Raises Refusal where there is no such slice."""
     try:
-        found = devices(asked.slice)
+        return devices(over)
     except ValueError as wrong:
         raise Refusal("--topology", str(wrong), "give a shape that Google sells") from wrong
+
+
+def tries(case, layouts: list[dict[str, int]], found: list) -> Iterator[dict]:
+    """A record for each layout, told while they are compiled for the devices, if there are several layouts.
+
+    Without devices it is by formulas alone.
+    """
+    from fvdm_jax import planning
+
+    if not found:
+        yield from (planning.estimated(case, sizes) for sizes in layouts)
+        return
     for sizes in layouts:
         began = time.perf_counter()
         try:
@@ -119,7 +128,8 @@ def _sizes(told: dict) -> Iterator[str]:
     if "parameters" in told:
         yield f"network      {told['parameters']:,} parameters, {told['trained']:,} trained"
     clip, many = "x".join(map(str, told["clip"])), f", {told['tokens']:,} tokens" if "tokens" in told else ""
-    yield f"a step       {told['batch']} clips of {clip} latents{many}"
+    what = f"a step       {told['batch']} clips of" if told["task"] == "train" else "a clip      "
+    yield f"{what} {clip} latents{many}"
     sizes = told["bytes"]
     parts = ", ".join(f"{name} {sizes[name] / GB:.2f}" for name in ("arguments", "temporaries"))
     host = f", {sizes['host'] / GB:.2f} in the host's memory" if sizes.get("host") else ""

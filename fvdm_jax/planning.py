@@ -68,14 +68,17 @@ def layouts_of(case: Case) -> list[dict[str, int]]:
     Raises ValueError where the one that is asked for, or any, is not possible.
     """
     devices, clip, settings = case.over.devices, case.clip, case.settings
+    parts = settings.parts if case.task == "train" else 1
+    work = layouts.Work(case.network.heads, costs.tokens(clip) // clip[0], case.batch, parts)
     if settings.mesh:
-        return [sharding.sizes(settings.mesh, devices)]
+        asked = sharding.sizes(settings.mesh, devices)
+        if not case.codes and (wrong := layouts.problem(asked, work)):
+            raise ValueError(wrong)
+        return [asked]
     if case.codes:
         # As sharding.across has it: parts of eight latent pixels or more.
         counts = [n for n in range(1, devices + 1) if clip[2] % n == 0 and clip[2] // n >= 8]
         return [layouts.whole({"context": max(counts, default=1)})]
-    parts = settings.parts if case.task == "train" else 1
-    work = layouts.Work(case.network.heads, costs.tokens(clip) // clip[0], case.batch, parts)
     found = layouts.candidates(devices, work)
     if not found:
         one = layouts.problem(layouts.whole({"fsdp": devices}), work)
@@ -118,9 +121,9 @@ def compiled(case: Case, sizes: dict[str, int], devices: list) -> Iterator[tuple
             dtype = settings.dtype or case.network.dtype
             attending = Attending(settings.attention, settings.exchange)
             network = Network(dataclasses.replace(case.network, dtype=dtype), attending=attending)
-            generation = Generation(PROCESSES[settings.process], SAMPLERS["unipc"], case.guided)
+            generation = Generation(network, PROCESSES[settings.process], SAMPLERS["unipc"], case.guided)
             over = sharding.mesh(**sizes, devices=devices)
-            lowered = sampling.lower(network, generation, over, case.clip, case.steps, settings.text)
+            lowered = sampling.lower(generation, over, case.clip, case.steps, settings.text)
         yield aot.read(lowered.compile()), 1
 
 
@@ -169,7 +172,7 @@ def seconds(case: Case, sized: roofline.Step | None, runs: list, places: list) -
 
 
 def record(case: Case, sizes: dict[str, int], runs: list, places: list[tuple[int, ...]]) -> dict:
-    """What compiled programs, each with how often it runs, would take; bytes, and what is sent, of one device.
+    """What compiled programs, each with how often it runs, would take; bytes and what is sent of a device.
 
     `places` are the coordinates of the devices' chips.
     """

@@ -87,6 +87,7 @@ def prepared(trainer: Trainer, folder: Path, clip: Record, prompts: tuple) -> Pr
     if settings is None:
         return None
     settings = sampling(trainer.settings, settings)
-    made = Generation(PROCESSES[trainer.settings.process], SAMPLERS[settings["solver"]])
-    program = jax.jit(made.program(trainer.sampled), out_shardings=replicated(trainer.over))
+    process, solver = PROCESSES[trainer.settings.process], SAMPLERS[settings["solver"]]
+    generation = Generation(trainer.sampled, process, solver)
+    program = jax.jit(generation.sample, out_shardings=replicated(trainer.over))
     return Previews(folder, model, settings, clip, prompts, partial(within, trainer.over, program))

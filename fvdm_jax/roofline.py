@@ -1,12 +1,12 @@
 """How fast a step can be at most on a slice, and what its devices have to send each other at least."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
@@ -49,12 +49,12 @@ class Step:
     @property
     def base(self) -> dict:
         """The network's parameters, by path, as shapes with names."""
-        return _leaves(dit.abstract(self.network))
+        return _base(self.network)
 
     @property
     def adapters(self) -> dict:
         """Those of the adapters."""
-        return _leaves(lora.abstract(dit.abstract(self.network), self.rank, self.where)) if self.rank else {}
+        return _adapters(self.network, self.rank, self.where) if self.rank else {}
 
     @property
     def formula(self) -> float:
@@ -79,13 +79,18 @@ class Step:
         return (parts.among + parts.prompt) * self.batch
 
 
+@functools.lru_cache
+def _base(network: dit.DiTConfig) -> dict[str, nn.LogicallyPartitioned]:
+    return _leaves(dit.abstract(network))
+
+
+@functools.lru_cache
+def _adapters(network: dit.DiTConfig, rank: int, where: str) -> dict[str, nn.LogicallyPartitioned]:
+    return _leaves(lora.abstract(dit.abstract(network), rank, where))
+
+
 def _leaves(tree: dict) -> dict[str, nn.LogicallyPartitioned]:
-    named = jax.tree.map(lambda leaf: leaf, tree, is_leaf=_is_named)
-    return flatten_dict(named, sep="/", is_leaf=lambda _, leaf: _is_named(leaf))
-
-
-def _is_named(leaf) -> bool:
-    return isinstance(leaf, nn.LogicallyPartitioned)
+    return flatten_dict(tree, sep="/")
 
 
 def count(leaves: dict[str, nn.LogicallyPartitioned]) -> int:

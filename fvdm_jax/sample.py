@@ -12,9 +12,6 @@ from fvdm_jax.program import Refusal, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request, parse
 
-LONG = 1e13
-"""Operations of the whole run from which on its steps are reported one by one."""
-
 
 def main(argv: list[str]) -> None:
     """Samples what `argv` asks for and writes the video, its contact sheet and its settings."""
@@ -51,7 +48,11 @@ def generate(request: Request, stages: Stages):
         import jax
         import numpy as np
 
-        from fvdm_jax import checkpoint, sampling, sharding, tasks
+        from fvdm_jax import checkpoint, lora, sampling, sharding, tasks
+        from fvdm_jax.guidance import Generation
+        from fvdm_jax.kernels.parallel import Attending
+        from fvdm_jax.process import PROCESSES
+        from fvdm_jax.samplers import SAMPLERS
 
         machine.keep_compiled_programs()
         networks = checkpoint.describe(request.model)
@@ -68,18 +69,17 @@ def generate(request: Request, stages: Stages):
             (checkpoint.load_adapters(Path(folder), params["dit"]), strength)
             for folder, strength in request.lora
         ]
-        over = sampling.mesh(request.mesh, networks.dit, shape[1:4], _guided(request))
+        network = lora.Network(networks.dit, attending=Attending(request.attention))
+        over, attention = sampling.mesh(request.mesh, network, shape[1:4], _guided(request))
         params = sampling.placed(over, params, networks.dit)
     noise = jax.random.normal(_key(request.seed), shape)
-    inputs = (prompts, request.guidance, noise, task.canvas, _schedule(request))
+    inputs = (prompts, request.guidance, (noise, task.canvas, _schedule(request)))
     inputs = jax.device_put(inputs, sharding.replicated(over))
-    program, steps = _denoiser(request, networks, params, stages)
-    if steps:
-        stages.expect("denoise", steps)
-    what = f"denoise ({'x'.join(map(str, shape[1:4]))}, {request.steps} steps)"
+    stages.say(f"attention by {attention}")
+    generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], _guided(request))
+    stages.expect("denoise", request.steps)
     with jax.set_mesh(over):
-        program = _compiled(stages, what, program, params, *inputs)
-        return np.asarray(_run(stages, "denoise", program, params, *inputs))
+        return np.asarray(_denoised(generation, stages, params, *inputs))
 
 
 def _kept(request: Request, networks, stages: Stages) -> Iterator:
@@ -215,26 +215,25 @@ def _read(request: Request, networks, stages: Stages):
         return tuple(reader.states(text)[None] for text in (request.prompt, request.negative))
 
 
-def _denoiser(request: Request, networks, params: dict, stages: Stages):
-    """The whole of denoising as one function of arrays, and its steps if it reports them to `stages`."""
+def _denoised(generation, stages: Stages, params: dict, prompts, scale, start: tuple):
+    """The denoised latents. A step is one program, whatever their number: it is kept, and reports nothing."""
     import jax
 
-    from fvdm_jax import lora
-    from fvdm_jax.guidance import Generation
-    from fvdm_jax.kernels.parallel import Attending
-    from fvdm_jax.models.dit import PATCH
-    from fvdm_jax.process import PROCESSES
-    from fvdm_jax.samplers import SAMPLERS
-
-    guided = _guided(request)
-    made = Generation(PROCESSES[request.process], SAMPLERS[request.solver], guided)
-    height, width = (side // networks.vae.spatial // PATCH for side in request.size)
-    tokens = request.latent_frames * height * width * request.steps * (1 + guided)
-    # A program that reports its steps cannot be kept in the compilation cache, so short ones do not.
-    watched = 2.0 * sum(leaf.size for leaf in jax.tree.leaves(params["dit"])) * tokens > LONG
-    network = lora.Network(networks.dit, attending=Attending(request.attention))
-    program = made.program(network, stages.step if watched else None)
-    return program, request.steps if watched else None
+    *start, rows = start
+    # What a step gives lies as it was given, or the next one would need a program of its own.
+    jit = partial(jax.jit, out_shardings=rows.sharding)
+    told = _compiled(stages, "prompt", jax.jit(generation.told), params, prompts)
+    with stages("text"):
+        prompt = told(params, prompts)
+    carry = jit(generation.begin)(*start, rows)
+    what = f"denoise ({'x'.join(map(str, carry[0].shape[1:4]))})"
+    advance = jit(generation.advance, donate_argnums=3)
+    step = _compiled(stages, what, advance, params, prompt, scale, carry, rows[:2])
+    for s in range(len(rows) - 1):
+        with stages("denoise"):
+            carry = jax.block_until_ready(step(params, prompt, scale, carry, rows[s : s + 2]))
+            stages.step()
+    return carry[0]
 
 
 def _guided(request: Request) -> bool:
@@ -251,23 +250,11 @@ def _key(seed: int):
 
 
 def _compiled(stages: Stages, what: str, function: Callable, *inputs):
-    """The function compiled for inputs of these shapes, under the name `what`."""
-    import jax
-
+    """The jitted function compiled for inputs of these shapes, under the name `what`."""
     from fvdm_jax import programs
 
     with stages("compile"):
-        return programs.compiled(stages.say, jax.jit(function).lower(*inputs), what)
-
-
-def _run(stages: Stages, stage: str, program: Callable, *inputs):
-    """program(*inputs), when it is there."""
-    import jax
-
-    with stages(stage):
-        result = jax.block_until_ready(program(*inputs))
-        jax.effects_barrier()
-        return result
+        return programs.compiled(stages.say, function.lower(*inputs), what)
 
 
 def cli() -> None:

@@ -38,16 +38,29 @@ def sample(
     Canvas and noise are mixed at the first row; frames at level 0 there come out bit-equal to the canvas.
     `noise`, `canvas` (float32) and `schedule` may be traced: one program serves every task of a size.
     """
-    levels = jnp.broadcast_to(schedule[:, None], (schedule.shape[0], *noise.shape[:2]))
+    x, _ = advance(process, denoise, sampler, begin(process, sampler, noise, canvas, schedule), schedule)
+    return x
+
+
+def begin(process: Process, sampler: Sampler, noise: Latents, canvas: Latents, schedule: Schedule) -> tuple:
+    """(x, the solver's memory) before the first row of the schedule [s f], as `advance` takes it."""
+    x = mix(process, canvas, noise, jnp.broadcast_to(schedule[0], noise.shape[:2]))
+    return x, sampler.init(x)
+
+
+def advance(process: Process, denoise: Denoiser, sampler: Sampler, carry: tuple, schedule: Schedule) -> tuple:
+    """(x, the solver's memory) after the steps from the first row of a schedule [s f] to its last.
+
+    A schedule may be taken in pieces, each beginning with the row at which the one before ended.
+    """
+    levels = jnp.broadcast_to(schedule[:, None], (schedule.shape[0], *carry[0].shape[:2]))
 
     def move(carry: tuple, step: tuple[Levels, Levels]) -> tuple[tuple, None]:
         (x, state), (now, then) = carry, step
         moved = sampler.step(process, x, denoise(x, now), now, then, state)
         return jax.tree.map(lambda new, old: jnp.where(expand(then < now, old), new, old), moved, carry), None
 
-    x = mix(process, canvas, noise, levels[0])
-    (x, _), _ = jax.lax.scan(move, (x, sampler.init(x)), (levels[:-1], levels[1:]))
-    return x
+    return jax.lax.scan(move, carry, (levels[:-1], levels[1:]))[0]
 
 
 def _euler_step(

@@ -12,17 +12,21 @@ from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal
 
 
-def mesh(text: str, config: dit.DiTConfig, clip: tuple[int, int, int], guided: bool) -> Mesh:
-    """All devices, as `text` says, or as it is best for a clip of (f, h, w) in latents.
+def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], guided: bool) -> tuple[Mesh, str]:
+    """All devices, as `text` says or as is best for a clip of (f, h, w), and how attention is computed.
 
-    Raises Refusal, named --mesh, where the text or the clip does not fit.
+    Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
     """
     devices = jax.device_count()
-    text = text or layouts.recommended("sample", config, clip, devices, 1 + guided)
+    text = text or layouts.recommended("sample", network.config, clip, devices, 1 + guided)
     try:
-        return sharding.mesh(**sharding.sizes(text, devices))
+        over = sharding.mesh(**sharding.sizes(text, devices))
     except ValueError as wrong:
         raise Refusal("--mesh", str(wrong)) from wrong
+    try:
+        return over, network.attention(over, clip)
+    except ValueError as wrong:
+        raise Refusal("--mesh, --attention", str(wrong)) from wrong
 
 
 def placed(over: Mesh, params: dict, config: dit.DiTConfig) -> dict:
@@ -49,7 +53,7 @@ def lower(
 
     Nothing is allocated, and the devices of the mesh may be such as are only known by name.
     """
-    c, whole = network.config, sharding.replicated(over)
+    c, whole = generation.network.config, sharding.replicated(over)
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
@@ -58,4 +62,4 @@ def lower(
     latents, states = array(1, *clip, c.channels_out), array(1, text, c.text_width)
     inputs = (params, (states, states), array(), latents, latents, array(steps + 1, clip[0]))
     with jax.set_mesh(over):
-        return jax.jit(generation.program(network), out_shardings=whole).lower(*inputs)
+        return jax.jit(generation.sample, out_shardings=whole).lower(*inputs)

@@ -320,8 +320,15 @@ def _place(leaf) -> NamedSharding:
 
 
 def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
-    """What a run of clips of (f, h, w) will take, as lines: parameters, bytes, tokens, operations."""
+    """What a run of clips of (f, h, w) will take, as lines: parameters, bytes, tokens, operations.
+
+    Raises Refusal where the clips do not fit the mesh, or attention is not to be had as asked for.
+    """
     settings, mib = trainer.settings, 2**20
+    try:
+        attention = trainer.sampled.attention(trainer.over, clip)
+    except ValueError as wrong:
+        raise Refusal("--mesh, --attention", str(wrong)) from wrong
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     still = sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
     held = sum(_bytes(leaf) for leaf in jax.tree.leaves((trainer.state, trainer.frozen)))
@@ -333,6 +340,7 @@ def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
         f"mesh         {trainer.over.size} × {trainer.over.devices.flat[0].device_kind}: {shape}",
         f"a device     {held / mib:,.0f} MiB held, {gradients / mib:,.0f} MiB of gradients, and activations",
         f"a clip       {clip[0]} × {clip[1]} × {clip[2]} latents, {costs.tokens(clip):,} tokens",
+        f"attention    {attention}",
         f"a step       {settings.batch} clips in {settings.parts} parts, {flops:.3g} operations",
     ]
 

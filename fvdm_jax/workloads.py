@@ -131,8 +131,8 @@ def _forward(case: Case) -> Prepared:
 def _sample(case: Case) -> Prepared:
     """A step of sampling, with guidance: `sample`'s program of one step."""
     network = lora.Network(case.networks.dit, attending=Attending(case.attention))
-    generation = Generation(flow, samplers.SAMPLERS["unipc"])
-    lower = partial(sampling.lower, network, generation, _one(), case.clip, 1, case.text)
+    generation = Generation(network, flow, samplers.SAMPLERS["unipc"])
+    lower = partial(sampling.lower, generation, _one(), case.clip, 1, case.text)
     weights = _stored(dit.abstract(network.config), partial(dit.stored, network.config.dtype))
 
     def inputs() -> tuple:

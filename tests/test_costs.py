@@ -61,7 +61,8 @@ def test_other_sizes_are_bound_alike():
     ("kind", "peak"),
     [
         ("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
-        ("TPU7x", 1153.5e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12),
+        ("TPU7x", 1153.5e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12),
+        ("NVIDIA H20", 148e12),
         ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA GB200", 2500e12), ("NVIDIA B200", 2250e12),
         ("NVIDIA GeForce RTX 4090", 165e12), ("cpu", None), ("NVIDIA T4", None),
     ],
@@ -91,7 +92,8 @@ def test_names_of_slices(text, count, devices):
     [
         ("v5p:4x4", "3 sides"), ("v5e:2x2x1", "2 sides"), ("v9:2x2", "names no TPU"), ("", "names no TPU"),
         ("h100x8", "names no TPU"), ("gpu:v5px8", "no number of GPUs"), ("gpu:h100", "no number of GPUs"),
-        ("v6e:32x32", "at most 256"), ("v5e:0x2", "2 sides"), ("v5e:2x-2", "2 sides"), ("gpu:h100x0", "no number"),
+        ("v6e:32x32", "at most 256"), ("v5e:0x2", "2 sides"), ("v5e:2x-2", "2 sides"),
+        ("gpu:h100x0", "no number"),
     ],
 )  # fmt: skip
 def test_names_that_are_none(text, said):

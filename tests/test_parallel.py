@@ -1,5 +1,6 @@
 """Attention over meshes of eight virtual devices equals that of one, gradients and all."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -15,16 +16,18 @@ from fvdm_jax.kernels.parallel import EXCHANGES, Attending, cross_attention, exc
 from fvdm_jax.models.layers import REMAT
 
 MESHES = [
-    dict(context=2),
-    dict(context=4),
-    dict(context=8),
-    dict(data=2, context=2, tensor=2),
-    dict(fsdp=4, context=2),
-    dict(data=2, fsdp=2, tensor=2),
+    (dict(context=4), "ulysses"),
+    (dict(context=8), "ulysses"),
+    (dict(context=8), "ring"),
+    (dict(fsdp=2, context=4), "ring"),
+    (dict(data=2, context=2, tensor=2), "ulysses"),
+    (dict(data=2, context=2, tensor=2), "ring"),
+    (dict(data=2, fsdp=2, tensor=2), "auto"),
 ]
 FRAMES = PartitionSpec(("data", "fsdp"), None, "context")
 
 
+@functools.cache
 def case(clips=2, frames=3, tokens=16, heads=8, width=16, keys=5):
     """q, k, v of frames, k and v of a text, and the gradient of the output."""
     shape, text = (clips, frames, tokens, heads, width), (clips, keys, heads, width)
@@ -58,11 +61,11 @@ def alone():
     return both(Attending())(*case())
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: ",".join(f"{k}={v}" for k, v in sizes.items()))
+@pytest.mark.parametrize("sizes, exchange", MESHES, ids=str)
 def test_a_mesh_of_devices_attends_as_one_does(alone, sizes, exchange):
+    arrays = case()
     with jax.set_mesh(sharding.mesh(**sizes)):
-        spread = both(Attending(exchange=exchange))(*case())
+        spread = both(Attending(exchange=exchange))(*arrays)
     assert distance(spread, alone) < 1e-5
 
 
@@ -79,11 +82,11 @@ def test_the_kernel_of_tpus_is_merged_round_the_ring(monkeypatch, exchange):
 
 def test_bfloat16_is_merged_in_float32(alone):
     arrays = [x.astype(jnp.bfloat16) for x in case()]
-    with jax.set_mesh(sharding.mesh(context=8)):
+    with jax.set_mesh(sharding.mesh(context=4)):
         spread = both(Attending(exchange="ring"))(*arrays)
     one = both(Attending())(*arrays)
     assert all(x.dtype == jnp.bfloat16 for x in spread)
-    # The inputs' own rounding is 1.7e-3, each of eight hops rounds what it found.
+    # The inputs' own rounding is 1.7e-3, each of four hops rounds what it found.
     assert distance([x.astype(jnp.float32) for x in spread], [x.astype(jnp.float32) for x in one]) < 5e-3
 
 
@@ -99,7 +102,7 @@ class Layer(nn.Module):
         return x + self_attention(q, k, v, self.attending), None
 
 
-def layers(remat: str, attending=Attending()):
+def layers(remat: str, attending: Attending = parallel.AUTO):
     scanned = nn.scan(
         nn.remat(Layer, prevent_cse=False, policy=REMAT[remat]), variable_axes={"params": 0},
         split_rngs={"params": True}, in_axes=nn.broadcast, length=2,
@@ -107,8 +110,9 @@ def layers(remat: str, attending=Attending()):
     return scanned, lambda params, x: jnp.sum(jnp.square(scanned.apply(params, x, None)[0]))
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("remat", ["full", "attention"])
+@pytest.mark.parametrize(
+    "remat, exchange", [("full", "ring"), ("attention", "ring"), ("attention", "ulysses")]
+)
 def test_within_a_scan_with_what_is_kept(remat, exchange):
     x = case()[0]
     scanned, alone = layers("full")
@@ -145,8 +149,9 @@ def test_only_what_the_exchange_needs_is_sent(exchange, sizes):
     found = collectives(jax.jit(function), sizes, (q, k, v, do), [spec] * 4)
     context = sizes["context"]
     # Forward: q, k, v and the output; backward: its gradient and theirs.
-    # Round the ring: k and v, one hop less than devices, twice; and their gradients, who come home.
-    ring = 2 * (context - 1) + 2 * (context - 1) + 2 * context
+    # Round the ring: k and v, one hop less than there are devices, and their gradients, which come home. The
+    # compiler of CPUs sees that k and v go round twice, and sends them once.
+    ring = 2 * (context - 1) + 2 * context
     assert found == ({"all-to-all": 8} if exchange == "ulysses" else {"collective-permute": ring})
 
 
@@ -180,5 +185,5 @@ def test_tokens_that_do_not_divide_are_refused_and_heads_and_clips_stay_whole():
         self_attention(q, k, v)
     with jax.set_mesh(sharding.mesh(data=2, fsdp=2, tensor=2)):
         assert parallel._layout(q) == parallel.Layout((), (), ())
-        got = self_attention(q, k, v)
-    assert distance([got], [self_attention(q, k, v)]) < 1e-5
+        got = jax.jit(self_attention)(q, k, v)
+    assert distance([got], [jax.jit(lambda *x: self_attention(*x))(q, k, v)]) < 1e-5

@@ -5,13 +5,16 @@ import importlib.util
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fvdm_jax import aot, chips, collectives, estimates, layouts, plan, planning, roofline
+from fvdm_jax import aot, chips, collectives, layouts, plan, planning, roofline
 from fvdm_jax.config import Training
 from fvdm_jax.models.dit import SIZES, DiTConfig
 from fvdm_jax.program import run
@@ -35,14 +38,6 @@ FULL = Path(__file__).resolve().parents[1] / "configs/pusa_wan21_14b_full.py"
 
 def mesh(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, int]:
     return {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
-
-
-@pytest.fixture
-def config(tmp_path) -> Path:
-    """A config that is smaller than any published one, but of a width that TPUs have kernels for."""
-    path = tmp_path / "small.py"
-    path.write_text(CONFIG.format(width=256, ffn=512, heads=2, clip="3x16x16"))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +97,7 @@ def test_the_lower_bound_by_hand():
     sent = roofline.lower_bound(step)
     kept = sum(roofline.shards(step, leaf)[0] for leaf in step.base.values())
     whole = roofline.count(step.base)
-    assert whole / 8 <= kept < 1.1 * whole / 8
+    assert whole / 8 <= kept < whole / 6
     assert sent.parameters == 2 * 4 * (whole - kept) and sent.gradients == 4 * (whole - kept)
     array = 4 / 2 * 3 * 64 / 4 * 64 * 4
     assert sent.attention == pytest.approx(3 * 11 * array * 3 / 4)
@@ -156,7 +151,7 @@ def test_the_record_of_a_step(trained):
     assert trained["parameters"] == trained["trained"] == roofline.count(planning_step().base)
     assert trained["exchange"] == "ulysses" and trained["uncounted_loops"] == 0
     held = 3 * 4 * trained["parameters"] / 8
-    assert held < trained["bytes"]["arguments"] < 1.3 * held + 4 * 4 * (3 * 16 * 16 * 4 + 25 * 16)
+    assert held < trained["bytes"]["arguments"] < 1.5 * held + 4 * 4 * (3 * 16 * 16 * 4 + 25 * 16)
     assert trained["bytes"]["peak"] < trained["bytes"]["there"]
     seconds = trained["seconds"]
     assert seconds["overlapped"] <= seconds["apart"] and min(seconds.values()) >= 0
@@ -193,7 +188,9 @@ def test_a_sampler_is_planned_like_a_step():
     case = planning.Case("sample", SETTINGS, SMALL, chips.parse("v5e:2x4"), steps=5)
     runs = list(planning.compiled(case, sizes, jax.devices()))
     told = planning.record(case, sizes, runs, [(i % 2, i // 2, 0) for i in range(8)])
-    assert told["collectives"]["all-to-all"]["runs"] % (5 * SMALL.layers) == 0
+    exchanged = told["collectives"]["all-to-all"]
+    assert exchanged["runs"] >= 5 * 4 * SMALL.layers
+    assert exchanged["bytes"] == pytest.approx(told["lower_bound"]["attention"], rel=0.15)
     assert told["operations"]["compiled"] == pytest.approx(told["operations"]["formula"], rel=0.2)
     assert told["uncounted_loops"] == 0
 
@@ -230,7 +227,7 @@ def test_of_several_layouts_the_fastest_that_fits_is_told(capsys, tmp_path):
         ([], "--topology", "v5p:4x4x4"),
         (["--topology", "gpu:4090x1", "--batch", "1"], "GB too much", "more chips"),
         (["--topology", "gpu:h100x8", "--mesh", "fsdp=3"], "--mesh", "8"),
-        (["--topology", "gpu:h100x8", "--mesh", "fsdp=8", "--batch", "4"], "--batch", "divide"),
+        (["--topology", "gpu:h100x8", "--mesh", "fsdp=8", "--batch", "4"], "--mesh", "divide"),
         (["--topology", "gpu:h100x7", "--batch", "8"], "--batch", "no layout"),
         (["--topology", "gpu:h100x8", "--task", "decode"], "--task", "TPUs"),
         (["--topology", "gpu:h100x8", "--tries", "0"], "--tries", "1 or more"),
@@ -253,8 +250,8 @@ def test_without_the_compiler_its_package_is_named(capsys, monkeypatch):
 
 
 def test_what_a_compiler_says_of_memory():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (24.50G) "
-    large = aot._too_large(said + "exceeds available HBM (15.75G).")
+    words = "the total memory required for HLO temporaries (24.50G) exceeds available HBM (15.75G)."
+    large = aot._too_large(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {words}")
     assert large.needed == 24.5 * 2**30 and large.there == 15.75 * 2**30
     large = aot._too_large("Ran out of memory in memory space hbm. Used 512.00M of 31.25G hbm.")
     assert large.needed == 2**29
@@ -266,4 +263,65 @@ def test_what_a_compiler_says_of_memory():
 
 @pytest.fixture
 def libtpu():
-    return pytest.importorskip("libtpu", reason='needs libtpu: pip install "fvdm_jax[plan]"')
+    """Where the compiler is installed, and libtpu's variables are set."""
+    pytest.importorskip("libtpu", reason='needs libtpu: pip install "fvdm_jax[plan]"')
+    aot.prepare()
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:1x1", "v7x:2x2x1"])
+def test_the_memory_of_a_chip_is_what_its_compiler_says(libtpu, name):
+    over = chips.parse(name)
+    if name == "v4:2x2x1":
+        # libtpu shows its two cores apart, and `aot.devices` refuses that.
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    else:
+        found = aot.devices(over)
+    one = NamedSharding(Mesh(np.asarray(found[:1]), "x"), PartitionSpec())
+    huge = jax.ShapeDtypeStruct((2**22, 2**13), jnp.float32, sharding=one)
+    with pytest.raises(aot.TooLarge) as large, aot.fitting():
+        jax.jit(lambda x: jnp.sort(x, 0)).lower(huge).compile()
+    devices = 2 if name.startswith(("v4", "v7x")) else 1
+    assert large.value.there == over.chip.memory / devices
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("name", "words"), [("v6e:3x3", "not divisible"), ("v4:2x2x1", "8 devices")])
+def test_slices_that_there_are_not(libtpu, capsys, name, words):
+    code, _, err = said(capsys, FULL, "--topology", name, "--mesh", "context=1")
+    assert code == 2 and err.count("\n") == 1 and "--topology" in err and words in err
+
+
+@pytest.mark.tpu_aot
+def test_a_step_of_two_layers_of_14b_on_64_chips(libtpu, capsys, tmp_path):
+    """Two to five minutes of the CPU. What 40 layers take is in the README."""
+    path, out = tmp_path / "two.py", tmp_path / "plan.json"
+    path.write_text(CONFIG.format(width=5120, ffn=13824, heads=40, clip="21x60x104"))
+    flags = ("--topology", "v5p:4x4x4", "--batch", 16, "--mesh", "fsdp=16,context=4", "--json", out)
+    code, text, _ = said(capsys, path, *flags)
+    told = json.loads(out.read_text())
+    work, sent = told["operations"], sum(each["bytes"] for each in told["collectives"].values())
+    assert code == 0 and "ulysses" in text
+    assert work["compiled"] <= 1.05 * (work["formula"] + work["again"])
+    assert sent <= 1.3 * sum(told["lower_bound"].values())
+    assert told["uncounted_loops"] == 0
+    # Masters and moments over all chips; a clip, its text and the empty prompt on each.
+    given = 4 * (21 * 60 * 104 * 16 + 2 * 512 * 4096)
+    assert told["bytes"]["arguments"] == pytest.approx(12 * told["parameters"] / 64 + given, rel=0.05)
+    assert 0.3 < told["mfu"] < 0.9
+
+
+@pytest.mark.tpu_aot
+def test_sampling_and_decoding_on_chips(libtpu, model):
+    """By a model that is smaller than the bundled one."""
+    settings = dataclasses.replace(SETTINGS, model=str(model), clip="3x16x64")
+    case = planning.Case("sample", settings, SMALL, chips.parse("v5e:2x4"), steps=4)
+    devices = aot.devices(case.over)
+    places = [tuple(device.coords) for device in devices]
+    for task, turns in (("sample", 1), ("decode", 3)):
+        case = case._replace(task=task)
+        (sizes, *_) = planning.layouts_of(case)
+        runs = list(planning.compiled(case, sizes, devices))
+        told = planning.record(case, sizes, runs, places)
+        assert sum(times for _, times in runs) == turns
+        assert told["operations"]["compiled"] > 0 and told["seconds"]["overlapped"] > 0

@@ -1,25 +1,24 @@
 """The training step against torch's of the same network: diffusers' WanTransformer3DModel and AdamW.
 
-By hand: pytest -m "parity and slow" tests/test_throughput.py -s. The sides take turns in a process of their
-own, which has one device, as a run on this machine has; two threads each.
+By hand: pytest -m parity tests/test_throughput.py -s. The sides take turns in a process of their own, which
+has one device, as a run on this machine has; as many threads each.
 """
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import small
 from einops import rearrange
 
 from convert import convert, names, wan
-from fvdm_jax import levels, trainer, training
+from fvdm_jax import baseline, levels, race, trainer, training
 from fvdm_jax.config import Training
 from fvdm_jax.models import dit
 from fvdm_jax.optimisers import Optimiser
@@ -40,21 +39,9 @@ SETTINGS = Training(
 TURNS = 3
 
 
-def reference(sizes: dit.DiTConfig):
-    """diffusers' transformer of these sizes, its weights drawn as torch does."""
-    import torch
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        num_attention_heads=sizes.heads,
-        attention_head_dim=sizes.width // sizes.heads,
-        in_channels=sizes.channels_in,
-        out_channels=sizes.channels_out,
-        text_dim=sizes.text_width,
-        ffn_dim=sizes.ffn,
-        num_layers=sizes.layers,
-    )
+def weights(network) -> dict[str, np.ndarray]:
+    """What is in diffusers' network, by the names that Wan published."""
+    return {names.official(key): value.detach().numpy() for key, value in network.state_dict().items()}
 
 
 def ours(sizes: dit.DiTConfig, params: dict, batches: list) -> Iterator[float]:
@@ -65,25 +52,6 @@ def ours(sizes: dit.DiTConfig, params: dict, batches: list) -> Iterator[float]:
         state, told = made.step(state, {}, made.batch(latents, text, np.zeros_like(text[0])))
         jax.block_until_ready(state.params)
         yield float(told["loss"])
-
-
-def theirs(network, optimizer, batches: list) -> Iterator[float]:
-    """The losses of step after step; diffusers takes the timestep of a frame for each of its tokens."""
-    import torch
-
-    for latents, text, noise, level in batches:
-        clean, noise = (
-            torch.from_numpy(rearrange(x, "b f h w c -> b c f h w").copy()) for x in (latents, noise)
-        )
-        l = torch.from_numpy(level)
-        timestep = 1000 * l.repeat_interleave(latents.shape[2] * latents.shape[3] // dit.PATCH**2, 1)
-        l = l[:, None, :, None, None]
-        said = network((1 - l) * clean + l * noise, timestep, torch.from_numpy(text)).sample
-        loss = torch.nn.functional.mse_loss(said, noise - clean)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.item()
 
 
 def drawn(sizes: dit.DiTConfig, clip: tuple[int, int, int], text: int, steps: int) -> list[tuple]:
@@ -100,54 +68,64 @@ def drawn(sizes: dit.DiTConfig, clip: tuple[int, int, int], text: int, steps: in
     return found
 
 
-def race() -> dict[str, dict[str, list[float]]]:
-    """Each side's losses and seconds, of the clock and of the CPU for itself and for the kernel's work.
-
-    The first step of each, which compiles, is left out of the seconds.
-    """
+def raced() -> dict[str, dict]:
+    """Each side's losses and turns; the first step of each, which compiles, is left out of the turns."""
     import torch
 
-    torch.set_num_threads(2)
-    network = reference(SIZES)
-    weights = {names.official(key): value.detach().numpy() for key, value in network.state_dict().items()}
-    params = convert(wan.dit(), weights)
+    network = baseline.transformer(SIZES)
+    torch.set_num_threads(baseline.threads())
+    params = convert(wan.dit(), weights(network))
     adamw = torch.optim.AdamW(network.parameters(), lr=OPTIMISER.rate, weight_decay=OPTIMISER.decay)
+    step = baseline.training(network, adamw)
     batches = drawn(SIZES, CLIP, 512, 1 + TURNS)
-    sides = {"ours": ours(SIZES, params, batches), "theirs": theirs(network, adamw, batches)}
-    taken = {name: {"loss": [], "clock": [], "user": [], "system": []} for name in sides}
-    for turn in range(1 + TURNS):
-        for name, side in sides.items():
-            clock, before = time.perf_counter(), os.times()
-            taken[name]["loss"].append(next(side))
-            clock, after = time.perf_counter() - clock, os.times()
-            seconds = clock, after.user - before.user, after.system - before.system
-            print(f"{turn} {name} {seconds}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-            for kind, value in zip(("clock", "user", "system"), seconds, strict=True):
-                taken[name][kind] += [value] if turn else []
-    return taken
+    losses = {"ours": ours(SIZES, params, batches), "theirs": (step(*batch) for batch in batches)}
+    told = {name: [] for name in losses}
+
+    def side(name: str):
+        return lambda: told[name].append(next(losses[name]))
+
+    race.LEAST = 0.0
+    sides = race.race({name: lambda name=name: side(name) for name in losses}, TURNS)
+    return {name: {"loss": told[name], "turns": sides[name].turns} for name in losses}
 
 
 @pytest.mark.parity
 @pytest.mark.slow
 def test_a_training_step_against_torch(capsys):
     """Some minutes on two cores and 18 GiB: the target is a ratio of 1, which is reported, not asserted."""
-    code = "import json; import test_throughput as t; print(json.dumps(t.race()))"
+    code = "import json; import test_throughput as t; print(json.dumps(t.raced()))"
     there = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": "tests:.", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=there, stdout=subprocess.PIPE, text=True, check=True
     )
-    taken = json.loads(done.stdout.splitlines()[-1])
-    middle = {}
-    for name, found in taken.items():
-        cpu = statistics.median(map(sum, zip(found["user"], found["system"], strict=True)))
-        middle[name] = statistics.median(found["clock"]), cpu, statistics.median(found["system"])
-    (clock, cpu, _), (their_clock, their_cpu, _) = middle["ours"], middle["theirs"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    sides = {name: race.Side([race.Turn(*turn) for turn in side["turns"]]) for name, side in found.items()}
+    ratio = race.ratio(sides["ours"], sides["theirs"])
     with capsys.disabled():
-        for name, (seconds, of_cpu, system) in middle.items():
-            print(
-                f"\n{name}: {seconds:.1f} s, of the CPU {of_cpu:.1f} s, the kernel's {system:.1f} s", end=""
-            )
-        print(f"\nours/torch: {clock / their_clock:.2f} on the clock, {cpu / their_cpu:.2f} of the CPU")
+        for name, side in sides.items():
+            print(f"\n{name}: {race.summary(side, 0.0)}", end="")
+        print(f"\nours/torch: {ratio}")
     # Sums of 10^8 products in another order; torch's angle of the timestep is rounded to float32 besides.
-    assert abs(taken["ours"]["loss"][0] - taken["theirs"]["loss"][0]) < 1e-5
-    assert cpu / their_cpu < 2
+    assert abs(found["ours"]["loss"][0] - found["theirs"]["loss"][0]) < 1e-5
+    assert ratio["processor"] < 2
+
+
+@pytest.mark.parity
+def test_a_forward_pass_is_the_same_work_on_both_sides():
+    """At a scalar timestep, of a network as small as the tests have."""
+    import torch
+
+    config = small.NETWORKS.dit
+    network = baseline.transformer(config)
+    params = convert(wan.dit(), weights(network))
+    rng = np.random.default_rng(0)
+    x, states = (
+        rng.standard_normal((1, 3, 4, 6, 4), np.float32),
+        rng.standard_normal((1, 512, 16), np.float32),
+    )
+    said = dit.DiT(config).apply({"params": params}, x, np.full((1, 3), 500.0, np.float32), states)
+    with torch.no_grad():
+        moved = torch.from_numpy(rearrange(x, "b f h w c -> b c f h w").copy())
+        theirs = network(moved, torch.tensor([500.0]), torch.from_numpy(states)).sample.numpy()
+    theirs = rearrange(theirs, "b c f h w -> b f h w c")
+    assert np.linalg.norm(said - theirs) < 1e-5 * np.linalg.norm(theirs)

@@ -4,7 +4,7 @@ import jax
 from numpy.typing import DTypeLike
 
 from fvdm_jax.kernels.cudnn import cudnn
-from fvdm_jax.kernels.flash import Flash, Heads, differentiable
+from fvdm_jax.kernels.flash import ATTENTION, Flash, Heads, differentiable
 from fvdm_jax.kernels.flash import xla as plain
 from fvdm_jax.kernels.splash import splash
 
@@ -54,13 +54,14 @@ def _split_by_compiler() -> bool:
     return mesh.size > 1 and not mesh.are_all_axes_manual
 
 
-def attention(q: Heads, k: Heads, v: Heads, implementation: str = "auto") -> Heads:
+def attention(q: Heads, k: Heads, v: Heads, implementation: str = "auto", name: str = ATTENTION) -> Heads:
     """Softmax attention, bidirectional and unmasked: softmax(q kᵀ/√k) v, the softmax in float32.
 
     q [b n a k] · k, v [b m a k] → [b n a k] in q's dtype. `implementation` is "auto" or a name of
     IMPLEMENTATIONS; ValueError where the named one does not take these inputs. What is sharded over a mesh
-    and goes through here, not through `parallel`, never takes the kernels of Pallas.
+    and goes through here, not through `parallel`, never takes the kernels of Pallas. `name` is that by which
+    policies of jax.checkpoint know the result.
     """
     if implementation == "auto" and platform() == "tpu" and _split_by_compiler():
         implementation = "xla"
-    return differentiable(kernel(q.dtype, q.shape[-1], implementation))(q, k, v)
+    return differentiable(kernel(q.dtype, q.shape[-1], implementation), name)(q, k, v)

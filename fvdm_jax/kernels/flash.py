@@ -21,6 +21,9 @@ LogSumExp = Float[Array, "b a n"]
 ATTENTION = "attention"
 """The name under which what attention gives, output and log-sum-exp, is kept for the gradient."""
 
+CROSS_ATTENTION = "cross_attention"
+"""The same of attention to few keys, which is cheap to compute again, and as large to keep."""
+
 BUDGET = 2**22
 """Scores that plain XLA holds at once: 16 MiB of float32, what a CPU keeps near; more is slower there."""
 
@@ -38,11 +41,11 @@ class Flash(NamedTuple):
 
 
 @functools.lru_cache
-def differentiable(flash: Flash) -> Callable[[Heads, Heads, Heads], Heads]:
+def differentiable(flash: Flash, name: str = ATTENTION) -> Callable[[Heads, Heads, Heads], Heads]:
     """`flash` as a function (q, k, v) → out with its gradient (reverse mode, once).
 
-    A policy of jax.checkpoint that keeps the name ATTENTION keeps out and lse, and then the gradient does
-    not run the forward kernel again.
+    A policy of jax.checkpoint that keeps `name` keeps out and lse, and then the gradient does not run the
+    forward kernel again.
     """
 
     @jax.custom_vjp
@@ -50,7 +53,7 @@ def differentiable(flash: Flash) -> Callable[[Heads, Heads, Heads], Heads]:
         return flash.forward(q, k, v)[0]
 
     def forward(q, k, v):
-        out, lse = (checkpoint_name(kept, ATTENTION) for kept in flash.forward(q, k, v))
+        out, lse = (checkpoint_name(kept, name) for kept in flash.forward(q, k, v))
         return out, (q, k, v, out, lse)
 
     def backward(kept, do):

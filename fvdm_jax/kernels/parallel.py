@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
+from numpy.typing import DTypeLike
 
-from fvdm_jax.kernels.attention import attention, kernel
-from fvdm_jax.kernels.flash import Flash, Heads, LogSumExp, differentiable
+from fvdm_jax.kernels.attention import attention, chosen, kernel
+from fvdm_jax.kernels.flash import CROSS_ATTENTION, Flash, Heads, LogSumExp, differentiable
 
 FrameHeads = Float[Array, "b f n a k"]
 
@@ -80,6 +81,21 @@ def exchange_for(heads: int, context: int, exchange: str = "auto") -> str:
     return exchange
 
 
+def described(attending: Attending, dtype: DTypeLike, heads: int, width: int, tokens: int) -> str:
+    """How attention is computed on the mesh that is set, of so many heads of this width and tokens a frame.
+
+    ValueError where it cannot be as asked for.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    context, tensor = sizes.get(CONTEXT, 1), sizes.get("tensor", 1)
+    name = chosen(dtype, width, attending.implementation)
+    if context == 1:
+        return name
+    _check_tokens(tokens, context)
+    heads = heads // tensor if heads % tensor == 0 else heads
+    return f"{name}, {exchange_for(heads, context, attending.exchange)} over {context} devices"
+
+
 def self_attention(q: FrameHeads, k: FrameHeads, v: FrameHeads, attending: Attending = AUTO) -> FrameHeads:
     """Attention of all tokens of all frames to each other, over the mesh that is set.
 
@@ -101,11 +117,12 @@ def self_attention(q: FrameHeads, k: FrameHeads, v: FrameHeads, attending: Atten
 def cross_attention(q: FrameHeads, k: Heads, v: Heads, attending: Attending = AUTO) -> FrameHeads:
     """Attention of all tokens to keys and values [b m a k] that every device of "context" holds whole."""
     if _alone():
-        return _framed(attention(_flat(q), k, v, attending.implementation), q)
+        return _framed(attention(_flat(q), k, v, attending.implementation, CROSS_ATTENTION), q)
     layout = _layout(q)
     flash = _of_frames(kernel(q.dtype, q.shape[-1], attending.implementation))
     flash = _summed(flash, layout.tokens) if layout.tokens else flash
-    return differentiable(_spread(flash, layout.frames, layout.whole, layout.lse))(q, k, v)
+    spread = _spread(flash, layout.frames, layout.whole, layout.lse)
+    return differentiable(spread, CROSS_ATTENTION)(q, k, v)
 
 
 def _alone() -> bool:
@@ -123,16 +140,20 @@ def _layout(q: FrameHeads) -> Layout:
     sizes = jax.sharding.get_abstract_mesh().shape
     clips, _, tokens, heads, _ = q.shape
     context = sizes.get(CONTEXT, 1)
-    if tokens % context:
-        fitting = ", ".join(str(n) for n in range(1, context) if tokens % n == 0)
-        raise ValueError(
-            f"{context} devices along {CONTEXT!r} cannot share the {tokens} tokens of a frame; {fitting} can"
-        )
+    _check_tokens(tokens, context)
     return Layout(
         clips=_dividing(clips, ("data", "fsdp"), sizes),
         tokens=_dividing(tokens, (CONTEXT,), sizes),
         heads=_dividing(heads, ("tensor",), sizes),
     )
+
+
+def _check_tokens(tokens: int, context: int) -> None:
+    if tokens % context:
+        fitting = ", ".join(str(n) for n in range(1, context) if tokens % n == 0)
+        raise ValueError(
+            f"{context} devices along {CONTEXT!r} cannot share the {tokens} tokens of a frame; {fitting} can"
+        )
 
 
 def _dividing(count: int, axes: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[str, ...]:
