@@ -115,19 +115,20 @@ def _forward_of_heads(budget: int, q, k, v):
     return tuple(_join(x, n, q.ndim - 2) for x in parts)
 
 
-def _backward_of_heads(budget: int, q, k, v, lse, di, do):
+def _backward_of_heads(budget: int, q, k, v, *given):
+    """`given`: lse, di and do of the queries."""
     chunks = _chunks(q, k, budget)
     if chunks == 1:
-        return _gradients(q, k, v, lse, di, do)
+        return _gradients(q, k, v, *given)
 
     def step(sums, part):
-        q, lse, di, do = part
-        dq, *more = _gradients(q, k, v, lse, di, do)
+        q, *given = part
+        dq, *more = _gradients(q, k, v, *given)
         return jax.tree.map(jnp.add, sums, more), dq
 
     n, axis = q.shape[-2], q.ndim - 2
     zeros = [jnp.zeros(x.shape, jnp.float32) for x in (k, v)]
-    (dk, dv), dq = jax.lax.scan(step, zeros, [_split(x, chunks, axis) for x in (q, lse, di, do)])
+    (dk, dv), dq = jax.lax.scan(step, zeros, [_split(x, chunks, axis) for x in (q, *given)])
     return _join(dq, n, axis), dk, dv
 
 
