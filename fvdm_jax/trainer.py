@@ -13,30 +13,15 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from fvdm_jax import checkpoint, costs, levels, lora, sharding, training
+from fvdm_jax import checkpoint, costs, held_out, lora, sharding, training
 from fvdm_jax.config import Training
 from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.models import dit
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import Refusal
-from fvdm_jax.shapes import Latents, Levels
+from fvdm_jax.shapes import Latents
 from fvdm_jax.training import Batch, Objective, Recipe, TrainState
-from fvdm_jax.weights import WEIGHTS, together, uniform
-
-
-def _given(at: tuple[int, ...]) -> levels.Where:
-    return lambda key, frames: jnp.zeros(frames, bool).at[jnp.asarray(at)].set(True)
-
-
-FAMILIES = {
-    "equal": levels.scalar,
-    "random": levels.per_frame,
-    "first": levels.clean(levels.scalar, _given((0,))),
-    "ends": levels.clean(levels.scalar, _given((0, -1))),
-    "prefix": levels.clean(levels.scalar, levels.prefix),
-}
-"""Draws for which the error on held-out clips is told: all frames equal, each its own, and one level for
-those that are not given: all but the first frame, both ends, or any number of first frames."""
+from fvdm_jax.weights import WEIGHTS, together
 
 
 class Trainer(NamedTuple):
@@ -44,7 +29,7 @@ class Trainer(NamedTuple):
 
     `state` and `frozen` are trees of shapes with shardings: of the TrainState, and of the parameters that
     stand still beside adapters ({} where all are trained). `program`, of which `step` is a call, is compiled
-    once; `errors(params, frozen, batch)` has the error for each of FAMILIES.
+    once; `errors(params, frozen, batch)` has the error for each of `held_out.FAMILIES`.
     """
 
     settings: Training
@@ -180,7 +165,7 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         donate_argnums=0,
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
     )
-    errors = jax.jit(partial(_errors, apply, recipe.objective))
+    errors = jax.jit(partial(held_out.errors, apply, recipe.objective))
     return Trainer(
         settings,
         network,
@@ -235,23 +220,6 @@ def _variables(settings: Training, frozen: dict, params: dict) -> dict:
 def _velocity(model: lora.Network, settings: Training, frozen: dict, params: dict, *inputs) -> Latents:
     """What the network says of `inputs`: x, timestep, text."""
     return model.velocity(_variables(settings, frozen, params), *inputs)
-
-
-def _errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
-    """The mean error of a clip with levels of each of FAMILIES, always the same levels and the same noise."""
-    plain = objective._replace(weight=uniform, dropout=0.0)
-
-    def noised(draw):
-        fixed = plain._replace(curriculum=levels.constant(draw))
-        return training.noised(fixed, batch, jnp.int32(0), jax.random.key(0))
-
-    def error(level: Levels) -> jax.Array:
-        _, measures = training.loss(params, first._replace(level=level), partial(apply, frozen), plain)
-        return measures.loss / measures.clips
-
-    first, *others = map(noised, FAMILIES.values())
-    found = jax.lax.map(error, jnp.stack([first.level, *(each.level for each in others)]))
-    return dict(zip(FAMILIES, found, strict=True))
 
 
 def _start(settings: Training, network: dit.DiTConfig, tx, params: dict | None = None) -> TrainState:

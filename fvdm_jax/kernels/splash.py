@@ -75,7 +75,9 @@ def _forward(interpret: bool, q: Heads, k: Heads, v: Heads) -> tuple[Heads, LogS
     return _heads(out, clips, n), lse[:, :n].reshape(clips, heads, n)
 
 
-def _backward(interpret: bool, q: Heads, k: Heads, v: Heads, out: Heads, lse: LogSumExp, do: Heads):
+def _backward(interpret: bool, q: Heads, k: Heads, v: Heads, *given):
+    """`given`: out, lse and do, of the queries."""
+    out, lse, do = given
     (clips, n, heads, _), m = q.shape, k.shape[1]
     rows, columns = block(n, q.dtype), block(m, q.dtype)
     # Rows of padding have do = di = 0, and so no part in any gradient.

@@ -88,7 +88,8 @@ class Stream:
     def __init__(self, config: VAEConfig, method: str, params: dict, first, compile: Compile = silently):
         """`first`, the first piece of a clip, tells sizes and sharding; nothing is computed.
 
-        It and `params` may be shapes with shardings. It is a picture [b 1 H W 3] to "encode", a latent frame [b 1 h w c] to "decode".
+        It and `params` may be shapes with shardings. It is a picture [b 1 H W 3] to "encode", a latent frame
+        [b 1 h w c] to "decode".
         """
         self._length = config.stride if method == "encode" else 1
         later = (first.shape[0], self._length, *first.shape[2:])

@@ -1,0 +1,43 @@
+"""The error on clips that are never trained on, by what is known of their frames."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fvdm_jax import levels, training
+from fvdm_jax.shapes import Levels
+from fvdm_jax.training import Batch, Objective
+from fvdm_jax.weights import uniform
+
+
+def _given(at: tuple[int, ...]) -> levels.Where:
+    return lambda key, frames: jnp.zeros(frames, bool).at[jnp.asarray(at)].set(True)
+
+
+FAMILIES = {
+    "equal": levels.scalar,
+    "random": levels.per_frame,
+    "first": levels.clean(levels.scalar, _given((0,))),
+    "ends": levels.clean(levels.scalar, _given((0, -1))),
+    "prefix": levels.clean(levels.scalar, levels.prefix),
+}
+"""Draws for which the error on held-out clips is told: all frames equal, each its own, and one level for
+those that are not given: all but the first frame, both ends, or any number of first frames."""
+
+
+def errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
+    """The mean error of a clip with levels of each of FAMILIES, always the same levels and the same noise."""
+    plain = objective._replace(weight=uniform, dropout=0.0)
+
+    def noised(draw):
+        fixed = plain._replace(curriculum=levels.constant(draw))
+        return training.noised(fixed, batch, jnp.int32(0), jax.random.key(0))
+
+    def error(level: Levels) -> jax.Array:
+        _, measures = training.loss(params, first._replace(level=level), partial(apply, frozen), plain)
+        return measures.loss / measures.clips
+
+    first, *others = map(noised, FAMILIES.values())
+    found = jax.lax.map(error, jnp.stack([first.level, *(each.level for each in others)]))
+    return dict(zip(FAMILIES, found, strict=True))
