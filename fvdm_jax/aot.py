@@ -45,17 +45,22 @@ def devices(of: Slice) -> list:
 
 
 class Bytes(NamedTuple):
-    """What a program takes of a device's memory; `host` is what waits in its host's."""
+    """What a program takes of a device's memory; `host` is what waits in its host's.
+
+    `peak`: the most that is alive at once. The compiler sets more aside: `reserved`, by which it also decides
+    whether a program fits, counts gaps between arrays of which the temporaries are full where there is room.
+    """
 
     arguments: int
     outputs: int
     temporaries: int
     aliased: int
+    peak: int
     host: int
 
     @property
-    def peak(self) -> int:
-        """All at once: what comes in, what goes out elsewhere, and what is between."""
+    def reserved(self) -> int:
+        """All that is set aside: what comes in, what goes out elsewhere, and what is between."""
         return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
@@ -105,6 +110,7 @@ def read(program) -> Compiled:
             sizes.output_size_in_bytes,
             sizes.temp_size_in_bytes,
             sizes.alias_size_in_bytes,
+            sizes.peak_memory_in_bytes,
             sizes.host_argument_size_in_bytes + sizes.host_temp_size_in_bytes,
         ),
         hlo.products(parsed),

@@ -17,9 +17,9 @@ HELP = """
   python -m fvdm_jax.bench --what dit --layers 4 --clip 5x60x104 --dtype float32
   python -m fvdm_jax.bench --model FOLDER --what sample --json sample.json
 sample is one step with guidance, train a step of all parameters with AdamW. The sides take turns in one
-process, with as many threads; a first turn of each is not counted, and a turn lasts 0.2 s or more. The processor's time is the process's, and
-so of the side whose turn it is. Operations are those of the formulas: what is computed twice to save memory,
---remat, counts once.
+process, with as many threads; a first turn of each is not counted, and a turn lasts 0.2 s or more. The
+processor's time is the process's, and so of the side whose turn it is. Operations are those of the formulas:
+what is computed twice to save memory, --remat, counts once.
 """
 OURS = "fvdm_jax"
 MOST = 0.9

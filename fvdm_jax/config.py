@@ -42,11 +42,11 @@ class Training:
     latents, and `text` the tokens of a prompt. `batch` counts the clips of a step on all devices, worked
     through in `parts`. `average` is the decay of the running average of what is trained, 0 for none. `mesh`
     gives the sizes of its axes, such as "fsdp=8,context=2"; the devices that are left lie along "data".
-    `dtype` is what the network computes in, if not what its model says; what is trained is kept as `masters`;
-    with `offload` the optimizer's state and the running average wait in the host's memory. `attention` is a
-    name of `attention.IMPLEMENTATIONS`, `exchange` of `parallel.EXCHANGES`, or "auto". Steps between
-    checkpoints, of which `keep_last` stay and those that `keep_every` divides; between evaluations, and
-    between samples: 0 for never.
+    `dtype` is what the network computes in, if not what its model says; what is trained and its moments are
+    kept as `masters`; with `offload` the optimizer's state and the running average wait in the host's memory.
+    `attention` is a name of `attention.IMPLEMENTATIONS`, `exchange` of `parallel.EXCHANGES`, or "auto". Steps
+    between checkpoints, of which `keep_last` stay and those that `keep_every` divides; between evaluations,
+    and between samples: 0 for never.
     """
 
     model: str = BUNDLED

@@ -62,7 +62,7 @@ def tries(case, layouts: list[dict[str, int]], found: list) -> Iterator[dict]:
             runs = list(planning.compiled(case, sizes, found))
             told = planning.record(case, sizes, runs, [tuple(device.coords) for device in found])
         except TooLarge as large:
-            told = {"mesh": sizes, "bytes": {"peak": large.needed, "there": large.there}}
+            told = {"mesh": sizes, "bytes": {"reserved": large.needed, "there": large.there}}
         told["compiling_seconds"] = time.perf_counter() - began
         if len(layouts) > 1:
             print(brief(told), flush=True)
@@ -71,7 +71,7 @@ def tries(case, layouts: list[dict[str, int]], found: list) -> Iterator[dict]:
 
 def over(told: dict) -> float:
     """Bytes that a device lacks; 0 or less where it fits."""
-    return told["bytes"]["peak"] - told["bytes"]["there"]
+    return told["bytes"]["reserved"] - told["bytes"]["there"]
 
 
 def fastest(tried: list[dict]) -> dict:
@@ -82,7 +82,7 @@ def fastest(tried: list[dict]) -> dict:
     least = min(tried, key=over)
     sizes = least["bytes"]
     what = (
-        f"by {mesh(least)} a device needs {sizes['peak'] / GB:.1f} GB and has {sizes['there'] / GB:.1f}: "
+        f"by {mesh(least)} a device needs {sizes['reserved'] / GB:.1f} GB and has {sizes['there'] / GB:.1f}: "
         f"{over(least) / GB:.1f} GB too much"
     )
     raise Refusal(
@@ -110,7 +110,9 @@ def brief(told: dict) -> str:
     if over(told) > 0:
         return f"{mesh(told):<36} does not fit: {over(told) / GB:.1f} GB too much a device; {took}"
     seconds = told["seconds"]["overlapped"]
-    return f"{mesh(told):<36} {told['bytes']['peak'] / GB:.1f} GB a device, {seconds:.3g} s at best; {took}"
+    return (
+        f"{mesh(told):<36} {told['bytes']['reserved'] / GB:.1f} GB a device, {seconds:.3g} s at best; {took}"
+    )
 
 
 def lines(told: dict) -> Iterator[str]:
@@ -133,7 +135,8 @@ def _sizes(told: dict) -> Iterator[str]:
     sizes = told["bytes"]
     parts = ", ".join(f"{name} {sizes[name] / GB:.2f}" for name in ("arguments", "temporaries"))
     host = f", {sizes['host'] / GB:.2f} in the host's memory" if sizes.get("host") else ""
-    yield f"a device     {sizes['peak'] / GB:.2f} GB of {sizes['there'] / GB:.2f}: {parts}{host}"
+    alive = f", {sizes['peak'] / GB:.2f} alive at once" if "peak" in sizes else ""
+    yield f"a device     {sizes['reserved'] / GB:.2f} GB of {sizes['there'] / GB:.2f}: {parts}{alive}{host}"
 
 
 def _work(told: dict) -> Iterator[str]:

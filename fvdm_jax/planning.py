@@ -178,7 +178,7 @@ def record(case: Case, sizes: dict[str, int], runs: list, places: list[tuple[int
     """
     sized = step(case, sizes)
     time = seconds(case, sized, runs, places)
-    most = max((program.bytes for program, _ in runs), key=lambda sizes: sizes.peak)
+    most = max((program.bytes for program, _ in runs), key=lambda sizes: sizes.reserved)
     operations = sum(program.products.operations * times for program, times in runs) * math.prod(
         sizes.values()
     )
@@ -186,7 +186,7 @@ def record(case: Case, sizes: dict[str, int], runs: list, places: list[tuple[int
         operations += roofline.inside(sized)
     told = {
         "bytes": most._asdict()
-        | {"peak": most.peak, "there": case.over.chip.memory / case.over.chip.devices},
+        | {"reserved": most.reserved, "there": case.over.chip.memory / case.over.chip.devices},
         "collectives": _sent(case, runs, places),
         "uncounted_loops": sum(program.uncounted for program, _ in runs),
     }
@@ -199,7 +199,7 @@ def estimated(case: Case, sizes: dict[str, int]) -> dict:
     time = estimates.seconds(sized, case.over)
     held, active = estimates.held(sized, case.settings.average > 0), estimates.activations(sized)
     there = case.over.chip.memory / case.over.chip.devices
-    told = {"bytes": {"arguments": held, "temporaries": active, "peak": held + active, "there": there}}
+    told = {"bytes": {"arguments": held, "temporaries": active, "reserved": held + active, "there": there}}
     return _common(case, sized, sizes, time, None) | told
 
 

@@ -195,7 +195,8 @@ def _recipe(settings: Training) -> Recipe:
     weight = WEIGHTS[settings.weight](process)
     weight = together(weight) if settings.together else weight
     objective = Objective(process, settings.curriculum, weight, settings.dropout)
-    return Recipe(objective, settings.optimizer.transformation(), settings.parts, settings.average)
+    rule = dataclasses.replace(settings.optimizer, moments=settings.masters)
+    return Recipe(objective, rule.transformation(), settings.parts, settings.average)
 
 
 def within(over: Mesh, function: Callable, *inputs):

@@ -24,7 +24,7 @@ from fvdm_jax.process import flow
 class Case(NamedTuple):
     """Networks, and the sizes of what goes through them.
 
-    `clip`: (f, h, w) of latents · `text`: tokens of a prompt · `batch`: clips at once, but for sampling, which
+    `clip`: (f, h, w) of latents · `text`: tokens of a prompt · `batch`: clips at once, sampling apart, which
     has one · `attention`: a name of `attention.IMPLEMENTATIONS` · `remat`: of `layers.REMAT`.
     """
 

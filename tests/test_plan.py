@@ -152,7 +152,7 @@ def test_the_record_of_a_step(trained):
     assert trained["exchange"] == "ulysses" and trained["uncounted_loops"] == 0
     held = 3 * 4 * trained["parameters"] / 8
     assert held < trained["bytes"]["arguments"] < 1.5 * held + 4 * 4 * (3 * 16 * 16 * 4 + 25 * 16)
-    assert trained["bytes"]["peak"] < trained["bytes"]["there"]
+    assert trained["bytes"]["reserved"] < trained["bytes"]["there"]
     seconds = trained["seconds"]
     assert seconds["overlapped"] <= seconds["apart"] and min(seconds.values()) >= 0
     assert 0 < trained["mfu"] < 1
