@@ -95,7 +95,9 @@ def fitting() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as wrong:
-        raise _too_large(str(wrong)) or wrong from wrong
+        if large := _too_large(str(wrong)):
+            raise large from wrong
+        raise
 
 
 def read(program) -> Compiled:

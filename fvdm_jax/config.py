@@ -19,7 +19,7 @@ from fvdm_jax.kernels.attention import IMPLEMENTATIONS
 from fvdm_jax.kernels.parallel import EXCHANGES
 from fvdm_jax.levels import constant, per_frame, shifted
 from fvdm_jax.lora import TARGETS
-from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.models.dit import PATCH, DiTConfig
 from fvdm_jax.models.layers import REMAT
 from fvdm_jax.optimisers import Optimiser
 from fvdm_jax.process import PROCESSES
@@ -100,6 +100,8 @@ class Training:
                 raise Refusal(flag(name), f"{getattr(self, name)} {wrong[0]}", wrong[1])
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", self.clip):
             raise Refusal("--clip", f"{self.clip!r} is no size", "give FxHxW in latents, such as 21x60x104")
+        if any(int(side) % PATCH for side in self.clip.split("x")[1:]):
+            raise Refusal("--clip", f"{self.clip!r} has an odd side", "give even ones, such as 21x60x104")
         if self.average and self.masters != "float32":
             raise Refusal("--average", "is of float32 only", "leave --masters out, or give --average 0")
         if self.batch % self.parts:

@@ -50,13 +50,6 @@ def problem(sizes: dict[str, int], work: Work) -> str:
     return ""
 
 
-def exchange(sizes: dict[str, int], heads: int) -> str:
-    """How attention reaches the tokens of other devices: "" where there are none, "ulysses" or "ring"."""
-    if sizes["context"] == 1:
-        return ""
-    return "ring" if heads % (sizes["tensor"] * sizes["context"]) else "ulysses"
-
-
 def candidates(devices: int, work: Work) -> list[dict[str, int]]:
     """The layouts worth a try, the likeliest first.
 
@@ -67,8 +60,8 @@ def candidates(devices: int, work: Work) -> list[dict[str, int]]:
     plain = [sizes for sizes in every if sizes["tensor"] == 1] or every
 
     def order(sizes: dict[str, int]) -> tuple:
-        ring = exchange(sizes, work.heads) == "ring"
-        return ring, sizes["tensor"], sizes["data"], abs(math.log2(sizes["context"]) - 2)
+        ring = work.heads % (sizes["tensor"] * sizes["context"])
+        return ring > 0, sizes["tensor"], sizes["data"], abs(math.log2(sizes["context"]) - 2)
 
     return sorted(plain, key=order)
 

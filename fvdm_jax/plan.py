@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
     try:
         layouts = planning.layouts_of(case)
     except ValueError as wrong:
-        raise Refusal("--mesh" if settings.mesh else "--batch", str(wrong)) from wrong
+        flag = "--mesh" if settings.mesh else "--batch" if flags.task == "train" else "--topology"
+        raise Refusal(flag, str(wrong)) from wrong
     tried = list(tries(case, layouts[: flags.tries], found))
     best = fastest(tried)
     told = best | {"tried": tried} | costing(best, flags, settings)
@@ -57,6 +58,7 @@ def tries(case, layouts: list[dict[str, int]], found: list) -> Iterator[dict]:
         yield from (planning.estimated(case, sizes) for sizes in layouts)
         return
     for sizes in layouts:
+        planning.check(case, sizes, found)
         began = time.perf_counter()
         try:
             runs = list(planning.compiled(case, sizes, found))

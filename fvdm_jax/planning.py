@@ -31,6 +31,7 @@ from fvdm_jax.lora import Network
 from fvdm_jax.models import streaming, vae
 from fvdm_jax.models.dit import DiTConfig
 from fvdm_jax.process import PROCESSES
+from fvdm_jax.program import Refusal
 from fvdm_jax.samplers import SAMPLERS
 
 
@@ -72,6 +73,8 @@ def layouts_of(case: Case) -> list[dict[str, int]]:
     work = layouts.Work(case.network.heads, costs.tokens(clip) // clip[0], case.batch, parts)
     if settings.mesh:
         asked = sharding.sizes(settings.mesh, devices)
+        if case.codes and (asked["context"] != devices or clip[2] % devices):
+            raise ValueError(f"frames of {clip[2]} latent pixels are cut along context, and by nothing else")
         if not case.codes and (wrong := layouts.problem(asked, work)):
             raise ValueError(wrong)
         return [asked]
@@ -86,6 +89,26 @@ def layouts_of(case: Case) -> list[dict[str, int]]:
     first = layouts.recommended(case.task, case.network, clip, devices, case.batch)
     first = sharding.sizes(first, devices)
     return [first, *(sizes for sizes in found if sizes != first)]
+
+
+def network(case: Case) -> Network:
+    """The network as the task's programs have it. Raises Refusal where it takes more than noisy latents."""
+    settings = case.settings
+    if case.network.channels_in != case.network.channels_out or case.network.image_width:
+        what = "is of Wan's own image-to-video networks, which have inputs beside the noisy latents"
+        raise Refusal("--model", what, "plan for a text-to-video network; it learns the other tasks")
+    sizes = dataclasses.replace(case.network, dtype=settings.dtype or case.network.dtype)
+    return Network(sizes, settings.remat, Attending(settings.attention, settings.exchange))
+
+
+def check(case: Case, sizes: dict[str, int], devices: list) -> None:
+    """Raises Refusal where attention is not to be had as asked for, or not of this network."""
+    if case.codes:
+        return
+    try:
+        network(case).attention(sharding.mesh(**sizes, devices=devices), case.clip)
+    except ValueError as wrong:
+        raise Refusal("--attention, --exchange", str(wrong)) from wrong
 
 
 def step(case: Case, sizes: dict[str, int]) -> roofline.Step | None:
@@ -103,6 +126,7 @@ def step(case: Case, sizes: dict[str, int]) -> roofline.Step | None:
         case.batch,
         settings.text,
         train,
+        asked=settings.exchange,
         **(own if train else {"remat": "none", "passes": case.steps}),
     )
 
@@ -117,14 +141,14 @@ def compiled(case: Case, sizes: dict[str, int], devices: list) -> Iterator[tuple
         if case.task == "train":
             settings = dataclasses.replace(settings, mesh=layouts.text(sizes))
             lowered = trainer.build(settings, case.network, devices).lower(case.clip, settings.text)
+            yield aot.read(lowered.compile()), 1
         else:
-            dtype = settings.dtype or case.network.dtype
-            attending = Attending(settings.attention, settings.exchange)
-            network = Network(dataclasses.replace(case.network, dtype=dtype), attending=attending)
-            generation = Generation(network, PROCESSES[settings.process], SAMPLERS["unipc"], case.guided)
+            sampled = network(case)._replace(remat="none")
+            generation = Generation(sampled, PROCESSES[settings.process], SAMPLERS["unipc"], case.guided)
             over = sharding.mesh(**sizes, devices=devices)
-            lowered = sampling.lower(generation, over, case.clip, case.steps, settings.text)
-        yield aot.read(lowered.compile()), 1
+            told, advance = sampling.lower(generation, over, case.clip, settings.text)
+            yield aot.read(told.compile()), 1
+            yield aot.read(advance.compile()), case.steps
 
 
 def _coded(case: Case, over: jax.sharding.Mesh) -> Iterator[tuple[aot.Compiled, int]]:

@@ -75,7 +75,7 @@ def compiled(
 ) -> jax.stages.Compiled:
     """The program, from jax's cache if it is there; `say` is told before, unless it will not take long.
 
-    `what` names it to people, as "denoise (21x60x104, 50 steps)"; `options` are the compiler's. A program
+    `what` names it to people, as "denoise (21x60x104)"; `options` are the compiler's. A program
     that was damaged where it was kept is compiled anew, and kept again by the next run.
     """
     text, first = lowered.as_text(), jax.process_index() == 0

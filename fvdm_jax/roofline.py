@@ -10,9 +10,10 @@ import flax.linen as nn
 from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from fvdm_jax import costs, layouts, lora, sharding
+from fvdm_jax import costs, lora, sharding
 from fvdm_jax.chips import Chip, Slice
 from fvdm_jax.collectives import Collective
+from fvdm_jax.kernels import parallel
 from fvdm_jax.models import dit
 
 
@@ -21,7 +22,8 @@ class Step:
     """What one step is, by its sizes: of training, or `passes` passes of the network one after another.
 
     `clip` is (f, h, w) in latents, `batch` how many clips the network sees at once; `rank` and `where` are
-    of adapters; `masters` bytes of a parameter that is trained; a batch is worked through in `parts`.
+    of adapters; `asked` is the exchange that is asked for, `masters` are bytes of a parameter that is
+    trained; a batch is worked through in `parts`.
     """
 
     network: dit.DiTConfig
@@ -36,6 +38,7 @@ class Step:
     masters: int = 4
     parts: int = 1
     passes: int = 1
+    asked: str = "auto"
 
     @property
     def devices(self) -> int:
@@ -43,8 +46,9 @@ class Step:
 
     @property
     def exchange(self) -> str:
-        """How attention reaches the tokens of other devices."""
-        return layouts.exchange(self.mesh, self.network.heads)
+        """How attention reaches the tokens of other devices, "" where there are none."""
+        context, heads = self.mesh["context"], self.network.heads // self.mesh["tensor"]
+        return parallel.exchange_for(heads, context, self.asked) if context > 1 else ""
 
     @property
     def base(self) -> dict:

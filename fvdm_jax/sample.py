@@ -55,10 +55,15 @@ def generate(request: Request, stages: Stages):
         from fvdm_jax.samplers import SAMPLERS
 
         machine.keep_compiled_programs()
+        if jax.default_backend() == "cpu":
+            machine.keep_memory()
         networks = checkpoint.describe(request.model)
+        height, width = (side // networks.vae.spatial for side in request.size)
+        shape = (1, request.latent_frames, height, width, networks.vae.latent)
+        network = lora.Network(networks.dit, attending=Attending(request.attention))
+        over, attention = sampling.mesh(request.mesh, network, shape[1:4], _guided(request))
+    stages.say(f"attention by {attention}")
     prompts = _read(request, networks, stages)
-    height, width = (side // networks.vae.spatial for side in request.size)
-    shape = (1, request.latent_frames, height, width, networks.vae.latent)
 
     task = tasks.text_to_video(shape)
     for keep, kept in _kept(request, networks, stages):
@@ -69,17 +74,15 @@ def generate(request: Request, stages: Stages):
             (checkpoint.load_adapters(Path(folder), params["dit"]), strength)
             for folder, strength in request.lora
         ]
-        network = lora.Network(networks.dit, attending=Attending(request.attention))
-        over, attention = sampling.mesh(request.mesh, network, shape[1:4], _guided(request))
         params = sampling.placed(over, params, networks.dit)
     noise = jax.random.normal(_key(request.seed), shape)
     inputs = (prompts, request.guidance, (noise, task.canvas, _schedule(request)))
     inputs = jax.device_put(inputs, sharding.replicated(over))
-    stages.say(f"attention by {attention}")
     generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], _guided(request))
     stages.expect("denoise", request.steps)
     with jax.set_mesh(over):
-        return np.asarray(_denoised(generation, stages, params, *inputs))
+        made = sampling.programs(generation, over)
+        return np.asarray(_denoised(made, stages, params, *inputs))
 
 
 def _kept(request: Request, networks, stages: Stages) -> Iterator:
@@ -215,20 +218,17 @@ def _read(request: Request, networks, stages: Stages):
         return tuple(reader.states(text)[None] for text in (request.prompt, request.negative))
 
 
-def _denoised(generation, stages: Stages, params: dict, prompts, scale, start: tuple):
-    """The denoised latents. A step is one program, whatever their number: it is kept, and reports nothing."""
+def _denoised(made, stages: Stages, params: dict, prompts, scale, start: tuple):
+    """The denoised latents, by the Programs of a sampler: a step is one, whatever their number."""
     import jax
 
     *start, rows = start
-    # What a step gives lies as it was given, or the next one would need a program of its own.
-    jit = partial(jax.jit, out_shardings=rows.sharding)
-    told = _compiled(stages, "prompt", jax.jit(generation.told), params, prompts)
+    told = _compiled(stages, "prompt", made.told, params, prompts)
     with stages("text"):
         prompt = told(params, prompts)
-    carry = jit(generation.begin)(*start, rows)
+    carry = made.begin(*start, rows)
     what = f"denoise ({'x'.join(map(str, carry[0].shape[1:4]))})"
-    advance = jit(generation.advance, donate_argnums=3)
-    step = _compiled(stages, what, advance, params, prompt, scale, carry, rows[:2])
+    step = _compiled(stages, what, made.advance, params, prompt, scale, carry, rows[:2])
     for s in range(len(rows) - 1):
         with stages("denoise"):
             carry = jax.block_until_ready(step(params, prompt, scale, carry, rows[s : s + 2]))

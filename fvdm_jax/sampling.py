@@ -1,12 +1,15 @@
-"""The sampler's program over a mesh of devices: where parameters, prompts and clips lie."""
+"""The sampler's programs over a mesh of devices: where parameters, prompts and clips lie."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from fvdm_jax import layouts, lora, sharding
+from fvdm_jax import costs, layouts, lora, sharding
 from fvdm_jax.guidance import Generation
 from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal
@@ -17,10 +20,16 @@ def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], guided: b
 
     Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
     """
-    devices = jax.device_count()
-    text = text or layouts.recommended("sample", network.config, clip, devices, 1 + guided)
+    devices, clips = jax.device_count(), 1 + guided
+    work = layouts.Work(network.config.heads, costs.tokens(clip) // clip[0], clips)
     try:
-        over = sharding.mesh(**sharding.sizes(text, devices))
+        sizes = sharding.sizes(
+            text or layouts.recommended("sample", network.config, clip, devices, clips), devices
+        )
+        # What no layout can share, every device does for itself; but nobody is to ask for that.
+        if text and (wrong := layouts.problem(sizes, work)):
+            raise ValueError(wrong)
+        over = sharding.mesh(**sizes)
     except ValueError as wrong:
         raise Refusal("--mesh", str(wrong)) from wrong
     try:
@@ -30,36 +39,67 @@ def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], guided: b
 
 
 def placed(over: Mesh, params: dict, config: dit.DiTConfig) -> dict:
-    """`params`, as `lora.Network` takes them, on the mesh: every device holds a part of each large array."""
-    network = dit.abstract(config)
-    places = {"dit": sharding.shardings(over, network)}
-    if "adapters" in params:
-        whole = sharding.replicated(over)
-        places["adapters"] = [
-            (lora.shardings(over, network, adapters), whole) for adapters, _ in params["adapters"]
-        ]
-    return jax.device_put(params, places)
+    """`params`, as `lora.Network` takes them, on the mesh, in the types that are computed with.
+
+    Every device holds a part of each large array, and gets no more.
+    """
+    network, whole = dit.abstract(config), sharding.replicated(over)
+    wanted = sharding.placed(over, network, partial(dit.stored, config.dtype))
+
+    def place(leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.asarray(leaf).astype(like.dtype), like.sharding)
+
+    adapters = [
+        jax.device_put(pair, (lora.shardings(over, network, pair[0]), whole))
+        for pair in params.get("adapters", [])
+    ]
+    return {"dit": jax.tree.map(place, params["dit"], wanted), "adapters": adapters}
+
+
+class Programs(NamedTuple):
+    """What samples a clip, jitted: methods of a Generation, of which `advance` is called at every step.
+
+    What `begin` and `advance` give is whole on every device, so that one program serves all steps.
+    """
+
+    told: Callable
+    begin: Callable
+    advance: Callable
+
+
+def programs(generation: Generation, over: Mesh) -> Programs:
+    """Those of a generation over a mesh, which must be set when they are called."""
+    whole = sharding.replicated(over)
+    options = dit.options(generation.network.config, over.devices.flat[0].platform)
+    return Programs(
+        jax.jit(generation.told, compiler_options=options),
+        jax.jit(generation.begin, out_shardings=whole),
+        jax.jit(generation.advance, out_shardings=whole, compiler_options=options),
+    )
 
 
 def lower(
-    network: lora.Network,
-    generation: Generation,
-    over: Mesh,
-    clip: tuple[int, int, int],
-    steps: int,
-    text: int,
-) -> jax.stages.Lowered:
-    """The whole program of a clip of (f, h, w) in latents, `steps` steps and prompts of `text` tokens.
+    generation: Generation, over: Mesh, clip: tuple[int, int, int], text: int
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """`told` for prompts of `text` tokens and one step of `advance` for a clip of (f, h, w) in latents.
 
     Nothing is allocated, and the devices of the mesh may be such as are only known by name.
     """
     c, whole = generation.network.config, sharding.replicated(over)
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+    def array(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def keys(leaf) -> jax.ShapeDtypeStruct:
+        place = jax.NamedSharding(over, sharding.fitting(sharding.KEYS, leaf.shape, over))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
     params = {"dit": sharding.placed(over, dit.abstract(c), partial(dit.stored, c.dtype))}
-    latents, states = array(1, *clip, c.channels_out), array(1, text, c.text_width)
-    inputs = (params, (states, states), array(), latents, latents, array(steps + 1, clip[0]))
+    latents, states, rows = array(1, *clip, c.channels_out), array(1, text, c.text_width), array(2, clip[0])
     with jax.set_mesh(over):
-        return jax.jit(generation.sample, out_shardings=whole).lower(*inputs)
+        made = programs(generation, over)
+        told = made.told.lower(params, (states, states))
+        prompt = jax.tree.map(keys, told.out_info)
+        carry = jax.eval_shape(generation.begin, latents, latents, rows)
+        carry = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), carry)
+        return told, made.advance.lower(params, prompt, array(), carry, rows)

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if asked.flags.export:
         return export(asked, made)
     feed = feeding(asked, made)
+    made.check(feed.sizes)
     tell(asked, made, feed)
     if asked.flags.plan:
         return 0
@@ -113,12 +114,12 @@ def tell(asked: Asked, made, feed) -> None:
         return
     for name, (default, value) in asked.changed.items():
         print(f"{name} {value} (the config has {default})")
-    print(*trainer.plan(made, feed.clip, len(feed.nothing)), sep="\n")
+    print(*trainer.plan(made, feed.sizes[0], len(feed.nothing)), sep="\n")
     print(feed.told)
     if asked.flags.plan:
         print("how near training comes to what each task asks, in its first step and in its last:")
         reports = [
-            coverage.report(asked.settings.curriculum(step), feed.clip[0])
+            coverage.report(asked.settings.curriculum(step), feed.sizes[0][0])
             for step in (0, asked.settings.steps - 1)
         ]
         print(*dict.fromkeys(reports), sep="\n")
@@ -182,25 +183,22 @@ def begin(asked: Asked, made, feed, closing: contextlib.ExitStack) -> Session:
 
 def train(session: Session, stopped: Callable[[], int]) -> int:
     """Trains to the last step, or till a signal; returns the exit code."""
-    from fvdm_jax import programs
     from fvdm_jax.measures import Meter
     from fvdm_jax.runs import Position
 
     made, settings, state = session.trainer, session.asked.settings, session.state
-    step, code = int(state.step), 0
+    step, code, steps = int(state.step), 0, {}
     with Meter(made, session.log, session.feed.bad) as meter, profiled(session.asked, step) as trace:
-        if step < settings.steps:
-            what = f"training step ({'x'.join(map(str, session.feed.clip))}, {settings.batch} clips)"
-            lowered = made.lower(session.feed.clip, len(session.feed.nothing))
-            made = made._replace(program=programs.compiled(meter.say, lowered, what))
-            meter.resume()
         if step == 0:
             look(session, state, step, meter)
         while step < settings.steps and not code:
             with meter.waiting():
                 rows = next(session.batches)
                 batch = made.batch(rows.latents, rows.states, session.nothing)
-            state, told = made.step(state, session.frozen, batch)
+            size = batch.latents.shape[1:4]
+            if size not in steps:
+                steps[size] = compiled(session, size, meter)
+            state, told = steps[size](state, session.frozen, batch)
             step += 1
             # What a step told is read when the next one runs, so that the device never waits for the host.
             meter.step(step, told, rows)
@@ -216,6 +214,17 @@ def train(session: Session, stopped: Callable[[], int]) -> int:
         session.checkpoints.wait()
         meter.finish(step, code)
     return code
+
+
+def compiled(session: Session, size: tuple[int, int, int], meter) -> Callable:
+    """The step for clips of this size, compiled; it is told before, and the time is not the run's."""
+    from fvdm_jax import programs
+
+    made, what = session.trainer, f"training step ({'x'.join(map(str, size))})"
+    meter.settle()
+    step = programs.compiled(meter.say, made.lower(size, len(session.feed.nothing)), what)
+    meter.resume()
+    return step
 
 
 def look(session: Session, state, step: int, meter) -> None:

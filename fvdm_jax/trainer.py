@@ -1,7 +1,7 @@
 """From settings to a compiled training step over a mesh: shapes first, then where they lie, then arrays."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,14 @@ class Trainer(NamedTuple):
     def step(self, state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict]:
         """The state after an update, as `training.train_step`; it takes over the memory of the one before."""
         return within(self.over, self.program, state, frozen, batch)
+
+    def check(self, sizes: Iterable[tuple[int, int, int]]) -> None:
+        """Raises Refusal where clips of one of these sizes do not fit, or attention is not to be had."""
+        for clip in sizes:
+            try:
+                self.sampled.attention(self.over, clip)
+            except ValueError as wrong:
+                raise Refusal("--mesh, --attention, --exchange", f"clips of {clip}: {wrong}") from wrong
 
     def lower(self, clip: tuple[int, int, int], text: int) -> jax.stages.Lowered:
         """The step's program for clips of (f, h, w) in latents and prompts of `text` tokens.
@@ -164,6 +172,7 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         partial(_step, apply, recipe, settings.optimizer),
         donate_argnums=0,
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
+        compiler_options=dit.options(network, over.devices.flat[0].platform),
     )
     errors = jax.jit(partial(held_out.errors, apply, recipe.objective))
     return Trainer(
@@ -195,7 +204,9 @@ def _recipe(settings: Training) -> Recipe:
     weight = WEIGHTS[settings.weight](process)
     weight = together(weight) if settings.together else weight
     objective = Objective(process, settings.curriculum, weight, settings.dropout)
-    rule = dataclasses.replace(settings.optimizer, moments=settings.masters)
+    rule = settings.optimizer
+    if settings.masters != "float32":
+        rule = dataclasses.replace(rule, moments=settings.masters)
     return Recipe(objective, rule.transformation(), settings.parts, settings.average)
 
 
@@ -280,6 +291,10 @@ def _away(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
+def _is_away(leaf) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
 def _drawn(network: dit.DiTConfig, wanted: dict, key: jax.Array) -> dict:
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _fresh(network, key), wanted)
 
@@ -289,25 +304,22 @@ def _place(leaf) -> NamedSharding:
 
 
 def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
-    """What a run of clips of (f, h, w) will take, as lines: parameters, bytes, tokens, operations.
-
-    Raises Refusal where the clips do not fit the mesh, or attention is not to be had as asked for.
-    """
+    """What a run of clips of (f, h, w) will take, as lines: parameters, bytes, tokens, operations."""
     settings, mib = trainer.settings, 2**20
-    try:
-        attention = trainer.sampled.attention(trainer.over, clip)
-    except ValueError as wrong:
-        raise Refusal("--mesh, --attention", str(wrong)) from wrong
+    attention = trainer.sampled.attention(trainer.over, clip)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     still = sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
-    held = sum(_bytes(leaf) for leaf in jax.tree.leaves((trainer.state, trainer.frozen)))
+    leaves = jax.tree.leaves((trainer.state, trainer.frozen))
+    away = sum(map(_bytes, filter(_is_away, leaves)))
+    held = sum(map(_bytes, leaves)) - away
     gradients = sum(_bytes(leaf) for leaf in jax.tree.leaves(trainer.state.params))
     flops = costs.training(trainer.network, clip, text, trained if settings.rank else 0) * settings.batch
     shape = ", ".join(f"{name} {size}" for name, size in trainer.over.shape.items())
     return [
         f"parameters   {trained:,} trained, {still:,} still",
         f"mesh         {trainer.over.size} × {trainer.over.devices.flat[0].device_kind}: {shape}",
-        f"a device     {held / mib:,.0f} MiB held, {gradients / mib:,.0f} MiB of gradients, and activations",
+        f"a device     {held / mib:,.0f} MiB held, {gradients / mib:,.0f} MiB of gradients, and activations"
+        + (f"; {away / mib:,.0f} MiB in the host's memory" if away else ""),
         f"a clip       {clip[0]} × {clip[1]} × {clip[2]} latents, {costs.tokens(clip):,} tokens",
         f"attention    {attention}",
         f"a step       {settings.batch} clips in {settings.parts} parts, {flops:.3g} operations",

@@ -146,7 +146,7 @@ def train_step(state: TrainState, batch: Batch, apply: Apply, recipe: Recipe) ->
     """
     key = jax.random.fold_in(state.key, state.step)
     grads, measures = gradients(state.params, noised(recipe.objective, batch, state.step, key), apply, recipe)
-    norm = optax.tree.norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)))
     finite = jnp.isfinite(measures.loss) & jnp.isfinite(norm)
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(_updated, state.params, updates)
@@ -170,7 +170,10 @@ def _updated(leaf: Array, update: Float[Array, "..."]) -> Array:
 
 
 def gradients(params: dict, noised: Noised, apply: Apply, recipe: Recipe) -> tuple[dict, Measures]:
-    """The gradient of the mean loss of a clip, float32, worked through in parts one after another."""
+    """The gradient of the mean loss of a clip, worked through in parts one after another.
+
+    In the parameters' type; parts are added up in float32.
+    """
     clips = len(noised.level)
     if clips % recipe.parts:
         raise ValueError(f"{clips} clips do not divide into {recipe.parts} parts")
@@ -178,7 +181,8 @@ def gradients(params: dict, noised: Noised, apply: Apply, recipe: Recipe) -> tup
     def slope(part: Noised) -> tuple[dict, Measures]:
         run = jax.value_and_grad(loss, has_aux=True)
         (_, measures), grads = run(params, part, apply, recipe.objective)
-        return grads, measures
+        wide = recipe.parts > 1
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if wide else leaf, grads), measures
 
     if recipe.parts == 1:
         grads, measures = slope(noised)

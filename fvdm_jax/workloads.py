@@ -125,24 +125,28 @@ def _forward(case: Case) -> Prepared:
     network = lora.Network(case.networks.dit, attending=Attending(case.attention))
     weights = _stored(dit.abstract(network.config), partial(dit.stored, network.config.dtype))
     shapes = {"dit": weights}, _float32(*case.latents), _float32(*case.latents[:2]), _float32(*case.states)
-    return _compiled(lambda: jax.jit(network.velocity).lower(*shapes), lambda: drawn(shapes))
+    options = dit.options(network.config, jax.default_backend())
+    forward = jax.jit(network.velocity, compiler_options=options)
+    return _compiled(lambda: forward.lower(*shapes), lambda: drawn(shapes))
 
 
 def _sample(case: Case) -> Prepared:
-    """A step of sampling, with guidance: `sample`'s program of one step."""
+    """A step of sampling, with guidance: `sample`'s program."""
     network = lora.Network(case.networks.dit, attending=Attending(case.attention))
     generation = Generation(network, flow, samplers.SAMPLERS["unipc"])
-    lower = partial(sampling.lower, generation, _one(), case.clip, 1, case.text)
     weights = _stored(dit.abstract(network.config), partial(dit.stored, network.config.dtype))
 
     def inputs() -> tuple:
         params, clip, states = drawn(
             ({"dit": weights}, _float32(1, *case.latents[1:]), _float32(1, *case.states[1:]))
         )
-        levels = jnp.repeat(schedule.sigmas(1)[:, None], case.clip[0], axis=1)
-        return params, (states, states), jnp.float32(5.0), clip, clip, levels
+        rows = jnp.repeat(schedule.sigmas(1)[:, None], case.clip[0], axis=1)
+        made = sampling.programs(generation, _one())
+        with jax.set_mesh(_one()):
+            prompt, carry = made.told(params, (states, states)), made.begin(clip, clip, rows)
+        return params, prompt, jnp.float32(5.0), carry, rows
 
-    return _compiled(lower, inputs)
+    return _compiled(lambda: sampling.lower(generation, _one(), case.clip, case.text)[1], inputs)
 
 
 def _train(case: Case) -> Prepared:

@@ -26,14 +26,14 @@ class Feed(NamedTuple):
     """Where a run's clips come from.
 
     `stream(start)` yields this process's rows of batch start, start + 1, …; `nothing` [l e] are the states of
-    the empty prompt; `held` are clips that are not trained on; `clip` is the size (f, h, w) of the largest
-    clips; `told` describes the whole in a table; `bad` names the records found bad so far, with the reason.
+    the empty prompt; `held` are clips that are not trained on; `sizes` are those of clips, (f, h, w), the
+    largest first; `told` describes the whole in a table; `bad` names the records found bad so far, and why.
     """
 
     stream: object
     nothing: np.ndarray
     held: list[Record]
-    clip: tuple[int, int, int]
+    sizes: list[tuple[int, int, int]]
     told: str
     bad: dict[str, str]
 
@@ -56,8 +56,9 @@ def recorded(folder: str, sizes: Sizes, seed: int, held_out: int, process: tuple
     else:
         told += f"\nnote: without {NOTHING} a caption that is dropped is all zeros"
     nothing = _padded(nothing, header.text_length)
-    clip = max(batches.buckets, key=np.prod)
-    return Feed(batches.stream, nothing, found, clip, told, batches.bad)
+    clips = {*batches.buckets, *(record.latents.shape[:3] for record in found)}
+    largest_first = sorted(clips, key=np.prod, reverse=True)
+    return Feed(batches.stream, nothing, found, largest_first, told, batches.bad)
 
 
 def invented(
@@ -81,7 +82,7 @@ def invented(
     pairs = zip(*clips((seed, 0), held_out), strict=True)
     held = [Record(f"held {i}", "", *pair) for i, pair in enumerate(pairs)]
     nothing = np.zeros((sizes.length, sizes.width), np.float32)
-    return Feed(stream, nothing, held, clip, "made up: noise, and prompts of noise", {})
+    return Feed(stream, nothing, held, [clip], "made up: noise, and prompts of noise", {})
 
 
 def gathered(records: list[Record], length: int) -> list[tuple[np.ndarray, np.ndarray]]:
