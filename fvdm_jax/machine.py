@@ -35,7 +35,7 @@ def keep_compiled_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
+_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
 """Options of glibc's mallopt, by the numbers in its malloc.h."""
 
 
@@ -49,7 +49,8 @@ def keep_memory() -> None:
 
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
-        for option, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 2**31 - 1), (_TRIM_THRESHOLD, 2**31 - 1)):
+        # One arena, nothing mapped for itself, and −1: nothing given back.
+        for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
             library.mallopt(option, value)
 
 

@@ -18,7 +18,7 @@ import small
 from einops import rearrange
 
 from convert import convert, names, wan
-from fvdm_jax import baseline, levels, race, trainer, training
+from fvdm_jax import baseline, levels, machine, race, trainer, training
 from fvdm_jax.config import Training
 from fvdm_jax.models import dit
 from fvdm_jax.optimisers import Optimiser
@@ -72,6 +72,8 @@ def raced() -> dict[str, dict]:
     """Each side's losses and turns; the first step of each, which compiles, is left out of the turns."""
     import torch
 
+    # As `train` does; torch has it too, being in the same process.
+    machine.keep_memory()
     network = baseline.transformer(SIZES)
     torch.set_num_threads(baseline.threads())
     params = convert(wan.dit(), weights(network))
