@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from fvdm_jax import machine, rules
+from fvdm_jax.measuring.race import race, ratio, summary
 from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, outputs, run, whole
 from fvdm_jax.progress import Stages
-from fvdm_jax.race import race, ratio, summary
 
 WHAT = ("dit", "sample", "train", "vae-encode", "vae-decode", "text")
 DESCRIPTION = "Measures what this machine can do, with random weights."
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
 def described(asked, device):
     """The Case that the flags describe. Raises Refusal where there is no such thing."""
-    from fvdm_jax import workloads
+    from fvdm_jax.measuring import workloads
     from fvdm_jax.models.dit import PATCH
     from fvdm_jax.models.layers import REMAT
 
@@ -148,7 +148,7 @@ def checked_attention(case) -> None:
 
 def opponent(asked, device):
     """The other side as (module, device), or None."""
-    from fvdm_jax import baseline
+    from fvdm_jax.measuring import baseline
 
     if asked.against == "none" or asked.against is None and not baseline.installed():
         return None
@@ -196,7 +196,7 @@ def headlines(record: dict, other) -> list[str]:
 
 def measured(what: str, case, other, turns: int, stages: Stages) -> dict:
     """One work, both sides in turn, as JSON has it."""
-    from fvdm_jax import workloads
+    from fvdm_jax.measuring import workloads
 
     work, load = workloads.WORKS[what], os.getloadavg()
     with stages("compile"):

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Iterator
 
-from fvdm_jax.aot import TooLarge, devices, prepare
 from fvdm_jax.chips import Slice
-from fvdm_jax.plan_request import parse
+from fvdm_jax.planning.aot import TooLarge, devices, prepare
+from fvdm_jax.planning.request import parse
 from fvdm_jax.program import Refusal, leave, legible, outputs, run
 
 GB = 1e9
@@ -15,17 +15,18 @@ def main(argv: list[str]) -> int:
     """Plans what `argv` asks for."""
     prepare()
     asked = parse(argv)
-    from fvdm_jax import planning, train
+    from fvdm_jax import train
+    from fvdm_jax.planning import programs
 
     flags, settings = asked.flags, asked.settings
     network = train.sizes(asked)
-    case = planning.Case(flags.task, settings, network, asked.slice, flags.sampling_steps, flags.guided)
+    case = programs.Case(flags.task, settings, network, asked.slice, flags.sampling_steps, flags.guided)
     if asked.slice.gpu and case.codes:
         what = f"{flags.task} has no formula, and for GPUs there is no compiler here"
         raise Refusal("--task", what, "name a slice of TPUs, or plan train or sample")
     found = [] if asked.slice.gpu else there(asked.slice)
     try:
-        layouts = planning.layouts_of(case)
+        layouts = programs.layouts_of(case)
     except ValueError as wrong:
         flag = "--mesh" if settings.mesh else "--batch" if flags.task == "train" else "--topology"
         raise Refusal(flag, str(wrong)) from wrong
@@ -52,17 +53,17 @@ def tries(case, layouts: list[dict[str, int]], found: list) -> Iterator[dict]:
 
     Without devices it is by formulas alone.
     """
-    from fvdm_jax import planning
+    from fvdm_jax.planning import programs
 
     if not found:
-        yield from (planning.estimated(case, sizes) for sizes in layouts)
+        yield from (programs.estimated(case, sizes) for sizes in layouts)
         return
     for sizes in layouts:
-        planning.check(case, sizes, found)
+        programs.check(case, sizes, found)
         began = time.perf_counter()
         try:
-            runs = list(planning.compiled(case, sizes, found))
-            told = planning.record(case, sizes, runs, [tuple(device.coords) for device in found])
+            runs = list(programs.compiled(case, sizes, found))
+            told = programs.record(case, sizes, runs, [tuple(device.coords) for device in found])
         except TooLarge as large:
             told = {"mesh": sizes, "bytes": {"reserved": large.needed, "there": large.there}}
         told["compiling_seconds"] = time.perf_counter() - began
@@ -180,7 +181,7 @@ def _time(told: dict) -> Iterator[str]:
     run_of = f"{told['steps']} steps" if told["task"] == "train" else "a clip"
     yield f"{run_of:<12} {told['chip_hours']:,.3g} chip-hours{money}"
     if told.get("published"):
-        from fvdm_jax.published import Published
+        from fvdm_jax.planning.published import Published
 
         yield f"published    {Published(**told['published'])}"
 

@@ -16,16 +16,17 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
     7: "sample data.job data.encoder data.precompute measures export previews runs train_request train"
-    " planning plan_request plan race workloads baseline bench",
+    " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench",
     6: "guidance checkpoint prompts training held_out config trainer sampling",
     5: "samplers",
-    4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts roofline estimates",
+    4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
+    " planning.estimates",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
-    2: "stopping program machine programs chips hlo collectives aot published progress media clips decode"
-    " video keeps latents rules request explain sharding process schedule tasks levels weights optimisers"
-    " models.tokenizer data.source data.folder data.records data.pipeline data.feed data.captions data.corpus"
-    " data.cutting",
+    2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
+    " planning.published progress media clips decode video keeps latents rules request explain sharding"
+    " process schedule tasks levels weights optimisers models.tokenizer data.source data.folder data.records"
+    " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }
 PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}

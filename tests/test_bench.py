@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 import small
 
-from fvdm_jax import baseline, bench, costs, hlo, machine, race, workloads
+from fvdm_jax import bench, costs, machine
+from fvdm_jax.measuring import baseline, race, workloads
 from fvdm_jax.models import text
+from fvdm_jax.planning import hlo
 from fvdm_jax.program import run
 
 SIZES = ("--clip", "2x4x8", "--text", "24", "--turns", "2")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fvdm_jax import collectives, hlo
+from fvdm_jax.planning import collectives, hlo
 
 TURNS = 5
 ROWS, WIDTH = 64, 256

@@ -2,8 +2,9 @@
 
 import pytest
 
-from fvdm_jax import chips, costs, published, roofline
+from fvdm_jax import chips, costs
 from fvdm_jax.models.dit import SIZES
+from fvdm_jax.planning import published, roofline
 
 P720, P480 = (21, 90, 160), (21, 60, 104)
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}

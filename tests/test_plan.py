@@ -14,9 +14,10 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fvdm_jax import aot, chips, collectives, layouts, plan, planning, roofline
+from fvdm_jax import chips, layouts, plan
 from fvdm_jax.config import Training
 from fvdm_jax.models.dit import SIZES, DiTConfig
+from fvdm_jax.planning import aot, collectives, programs, roofline
 from fvdm_jax.program import run
 
 SMALL = DiTConfig(64, 128, 8, 3, 4, 4, text_width=16, dtype="float32")
@@ -142,9 +143,9 @@ def test_links_of_a_slice():
 def trained() -> dict:
     """The record of a step on eight devices, as if they were a v5e 2x4."""
     sizes = mesh(fsdp=2, context=4)
-    case = planning.Case("train", SETTINGS, SMALL, chips.parse("v5e:2x4"))
-    runs = list(planning.compiled(case, sizes, jax.devices()))
-    return planning.record(case, sizes, runs, [(i % 2, i // 2, 0) for i in range(8)])
+    case = programs.Case("train", SETTINGS, SMALL, chips.parse("v5e:2x4"))
+    runs = list(programs.compiled(case, sizes, jax.devices()))
+    return programs.record(case, sizes, runs, [(i % 2, i // 2, 0) for i in range(8)])
 
 
 def test_the_record_of_a_step(trained):
@@ -160,8 +161,8 @@ def test_the_record_of_a_step(trained):
 
 
 def planning_step() -> roofline.Step:
-    case = planning.Case("train", SETTINGS, SMALL, chips.parse("v5e:2x4"))
-    return planning.step(case, mesh(fsdp=2, context=4))
+    case = programs.Case("train", SETTINGS, SMALL, chips.parse("v5e:2x4"))
+    return programs.step(case, mesh(fsdp=2, context=4))
 
 
 def test_what_a_step_sends_is_near_the_bound(trained):
@@ -185,9 +186,9 @@ def test_compiled_operations_are_those_of_the_formula(trained):
 
 def test_a_sampler_is_planned_like_a_step():
     sizes = mesh(fsdp=2, context=4)
-    case = planning.Case("sample", SETTINGS, SMALL, chips.parse("v5e:2x4"), steps=5)
-    runs = list(planning.compiled(case, sizes, jax.devices()))
-    told = planning.record(case, sizes, runs, [(i % 2, i // 2, 0) for i in range(8)])
+    case = programs.Case("sample", SETTINGS, SMALL, chips.parse("v5e:2x4"), steps=5)
+    runs = list(programs.compiled(case, sizes, jax.devices()))
+    told = programs.record(case, sizes, runs, [(i % 2, i // 2, 0) for i in range(8)])
     exchanged = told["collectives"]["all-to-all"]
     assert exchanged["runs"] >= 5 * 4 * SMALL.layers
     assert exchanged["bytes"] == pytest.approx(told["lower_bound"]["attention"], rel=0.15)
@@ -315,13 +316,13 @@ def test_a_step_of_two_layers_of_14b_on_64_chips(libtpu, capsys, tmp_path):
 def test_sampling_and_decoding_on_chips(libtpu, model):
     """By a model that is smaller than the bundled one."""
     settings = dataclasses.replace(SETTINGS, model=str(model), clip="3x16x64")
-    case = planning.Case("sample", settings, SMALL, chips.parse("v5e:2x4"), steps=4)
+    case = programs.Case("sample", settings, SMALL, chips.parse("v5e:2x4"), steps=4)
     devices = aot.devices(case.over)
     places = [tuple(device.coords) for device in devices]
     for task, turns in (("sample", 1), ("decode", 3)):
         case = case._replace(task=task)
-        (sizes, *_) = planning.layouts_of(case)
-        runs = list(planning.compiled(case, sizes, devices))
-        told = planning.record(case, sizes, runs, places)
+        (sizes, *_) = programs.layouts_of(case)
+        runs = list(programs.compiled(case, sizes, devices))
+        told = programs.record(case, sizes, runs, places)
         assert sum(times for _, times in runs) == turns
         assert told["operations"]["compiled"] > 0 and told["seconds"]["overlapped"] > 0

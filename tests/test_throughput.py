@@ -18,8 +18,9 @@ import small
 from einops import rearrange
 
 from convert import convert, names, wan
-from fvdm_jax import baseline, levels, machine, race, trainer, training
+from fvdm_jax import levels, machine, trainer, training
 from fvdm_jax.config import Training
+from fvdm_jax.measuring import baseline, race
 from fvdm_jax.models import dit
 from fvdm_jax.optimisers import Optimiser
 

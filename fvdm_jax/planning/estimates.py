@@ -1,8 +1,8 @@
 """What a step takes by formulas alone, for chips whose compiler is not at hand."""
 
-from fvdm_jax import roofline
 from fvdm_jax.chips import HOST, NETWORK, Slice
-from fvdm_jax.roofline import Sent, Step
+from fvdm_jax.planning import roofline
+from fvdm_jax.planning.roofline import Sent, Step
 
 _KEPT = {"full": 1, "attention": 2, "offload": 1, "none": 18}
 """Arrays of a layer's tokens, at the network's width, that wait for the gradient, by a name of REMAT."""

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from fvdm_jax import collectives, hlo
 from fvdm_jax.chips import Slice
+from fvdm_jax.planning import collectives, hlo
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",

@@ -10,19 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fvdm_jax import (
-    aot,
-    checkpoint,
-    collectives,
-    costs,
-    estimates,
-    layouts,
-    published,
-    roofline,
-    sampling,
-    sharding,
-    trainer,
-)
+from fvdm_jax import checkpoint, costs, layouts, sampling, sharding, trainer
 from fvdm_jax.chips import Slice
 from fvdm_jax.config import Training
 from fvdm_jax.guidance import Generation
@@ -30,6 +18,7 @@ from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.lora import Network
 from fvdm_jax.models import streaming, vae
 from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.planning import aot, collectives, estimates, published, roofline
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import Refusal
 from fvdm_jax.samplers import SAMPLERS

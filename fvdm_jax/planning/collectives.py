@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax import hlo
+from fvdm_jax.planning import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

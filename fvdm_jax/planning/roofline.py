@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from fvdm_jax import costs, lora, sharding
 from fvdm_jax.chips import Chip, Slice
-from fvdm_jax.collectives import Collective
 from fvdm_jax.kernels import parallel
 from fvdm_jax.models import dit
+from fvdm_jax.planning.collectives import Collective
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from einops import rearrange
 
+from fvdm_jax.measuring.workloads import Case
 from fvdm_jax.models.dit import PATCH, DiTConfig
-from fvdm_jax.workloads import Case
 
 NAME = "diffusers"
 PACKAGES = ("torch", "diffusers", "transformers")
