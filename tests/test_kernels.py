@@ -62,7 +62,9 @@ def equations(jaxpr):
 SIZES = [(1, 128, 128, 1, 128), (2, 130, 130, 2, 64), (1, 33, 1, 2, 24), (1, 200, 769, 1, 128)]
 
 
-@pytest.mark.parametrize("sizes, budget", [*((sizes, 10_000) for sizes in SIZES), (SIZES[1], 10**6)])
+@pytest.mark.parametrize(
+    "sizes, budget", [*((sizes, 10_000) for sizes in SIZES), (SIZES[1], 10**6), ((1, 40, 1100, 2, 24), 10**6)]
+)
 def test_plain_xla_is_the_formula_in_chunks_of_any_size(monkeypatch, sizes, budget):
     monkeypatch.setattr(flash, "BUDGET", budget)
     arrays = case(*sizes)

@@ -31,6 +31,9 @@ BUDGET = 2**22
 ONES = 16
 """Columns of ones beside the values: as many as a CPU multiplies at once."""
 
+MANY = 1024
+"""Keys from which on there are such columns."""
+
 
 class Flash(NamedTuple):
     """softmax(q kᵀ/√k) v of q [b n a k] and k, v [b m a k], and its gradient.
@@ -154,8 +157,9 @@ def _softmax(q, k, v) -> tuple[Float[Array, "... n k"], Float[Array, "... n"]]:
     scores = _scores(q, k)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
-    if v.dtype == jnp.float32:
-        # The sum is a column of the product, which on a CPU saves a pass over the weights.
+    if v.dtype == jnp.float32 and v.shape[-2] >= MANY:
+        # The sum is a column of the product, which on a CPU saves a pass over the weights. Of a prompt's
+        # keys, most of which are alike, roundings would add up: 8e-6 of the network's output.
         both = _product("...nm,...mk->...nk", weights, jnp.concatenate([v, jnp.ones_like(v[..., :ONES])], -1))
         out, total = both[..., : v.shape[-1]], both[..., v.shape[-1] : v.shape[-1] + 1]
     else:
