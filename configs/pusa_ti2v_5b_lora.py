@@ -4,7 +4,7 @@
     python -m fvdm_jax.data.precompute clips/ --model wan22_5b --frames 121 --size 704x1280 --out records
     python -m fvdm_jax.train configs/pusa_ti2v_5b_lora.py --data records --mesh fsdp=8 --out pusa_5b
 
-What `--plan` says with `--mesh fsdp=8`: 2,141 MiB a device held, 308 MiB of gradients, 1.14e16 operations
+What `--plan` says with `--mesh fsdp=8`: 2,145 MiB a device held, 308 MiB of gradients, 1.14e16 operations
 a step; activations come on top. Not run at this size.
 """
 

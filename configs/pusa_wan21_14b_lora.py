@@ -13,7 +13,7 @@ are never dropped, gradients not clipped, nothing averaged. The weights of the l
 `--together` gives each clip their mean, as Pusa's trainer does. Not copied: its levels of a grid, rounded to
 bfloat16 (`levels.pusa_grid`), and its bfloat16 noise.
 
-What `--plan` says with `--mesh fsdp=8`: 6,982 MiB a device held, 1,170 MiB of gradients, 1.51e17 operations a
+What `--plan` says with `--mesh fsdp=8`: 6,990 MiB a device held, 1,170 MiB of gradients, 1.51e17 operations a
 step; activations come on top. Not run at this size; the paper's run had 8 GPUs of 80 GB.
 """
 
