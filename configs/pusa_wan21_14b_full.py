@@ -7,8 +7,8 @@
 Clips are made as for configs/pusa_wan21_14b_lora.py. Source: Pusa V1.0 (arXiv 2507.16116), table 5a, where
 this is best at 600 steps and a little behind the LoRA.
 
-What `python -m fvdm_jax.plan` says of that on v5p 4×4×4: 36.4 GB of 102.8 are set aside on a device, a step takes
-15.5 s at best. Not run at this size.
+What `python -m fvdm_jax.plan` says of that on v5p 4×4×4: 36.4 GB of 102.8 are set aside on a device, a step
+takes 15.5 s at best. Not run at this size.
 """
 
 from pusa_wan21_14b_lora import config as adapters

@@ -1,5 +1,6 @@
 """What a user asks of `python -m fvdm_jax.train`: its own flags, and those of a config."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,17 +58,22 @@ class Asked(NamedTuple):
     options: dict
 
 
-def parse(argv: list[str]) -> Asked:
-    """Raises Refusal for a flag or a value that cannot be."""
+def config_file(argv: list[str], parser: Callable[[], Parser]) -> Path:
+    """The config that is named; without one help is given, or a Refusal raised."""
     path = next((word for word in argv if word.endswith(".py")), None)
-    if path is None:
-        if {"-h", "--help"} & set(argv):
-            Parser.print_help(parser())
-            raise SystemExit(0)
-        raise Refusal("CONFIG.py", "is missing", "give a file of configs/ first")
+    if path is not None:
+        return Path(path)
+    if {"-h", "--help"} & set(argv):
+        Parser.print_help(parser())
+        raise SystemExit(0)
+    raise Refusal("CONFIG.py", "is missing", "give a file of configs/ first")
+
+
+def read(path: Path, argv: list[str], parser: Callable[..., Parser]) -> Asked:
+    """The flags of a program, `parser(config)`, and the settings that a config makes of its own."""
     from fvdm_jax import config
 
-    function = config.load(Path(path))
+    function = config.load(path)
     flags = parser(function).parse_args(argv)
     own = config.options(function)
     given = {name: value for name, value in vars(flags).items() if name in own}
@@ -76,8 +82,14 @@ def parse(argv: list[str]) -> Asked:
     except ValueError as wrong:
         raise Refusal(path, str(wrong)) from wrong
     changed = {name: (own[name], value) for name, value in given.items() if value != own[name]}
-    _check(flags)
     return Asked(flags, settings, changed, own | given)
+
+
+def parse(argv: list[str]) -> Asked:
+    """Raises Refusal for a flag or a value that cannot be."""
+    asked = read(config_file(argv, parser), argv, parser)
+    _check(asked.flags)
+    return asked
 
 
 def _check(flags) -> None:

@@ -68,25 +68,29 @@ def test_a_clip_over_a_mesh_is_that_of_one_device(alone, mesh, exchange, adapted
     np.testing.assert_allclose(clip(mesh, exchange, adapted), alone[adapted], atol=1e-5)
 
 
-def test_masters_of_half_the_size_learn_the_same():
+@pytest.fixture(scope="module")
+def plain() -> tuple:
+    return trained(PLAIN, 3)
+
+
+def test_masters_of_half_the_size_learn_the_same(plain):
     """In bfloat16, of 8 bits, a rate that is lost in rounding would show as a loss that stays."""
-    narrow = dataclasses.replace(PLAIN, masters="bfloat16", parts=2)
-    (state, losses), (_, wide) = trained(narrow, 4), trained(dataclasses.replace(PLAIN, parts=2), 4)
+    state, losses = trained(dataclasses.replace(PLAIN, masters="bfloat16"), 3)
     kinds = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.optimizer)) if leaf.ndim}
     assert kinds == {np.dtype("bfloat16")}
-    np.testing.assert_allclose(losses, wide, rtol=0.02)
+    np.testing.assert_allclose(losses, plain[1], rtol=0.02)
     with pytest.raises(Refusal, match="--average"):
         dataclasses.replace(PLAIN, masters="bfloat16", average=0.9)
 
 
-def test_what_waits_in_the_hosts_memory_is_the_same():
-    away = dataclasses.replace(PLAIN, offload=True, average=0.9)
+def test_what_waits_in_the_hosts_memory_is_the_same(plain):
+    away = dataclasses.replace(PLAIN, offload=True)
     made = trainer.build(away, PLAIN.dit, jax.devices()[:1])
-    moved = [leaf for leaf in jax.tree.leaves((made.state.optimizer, made.state.average)) if leaf.shape]
-    assert {leaf.sharding.memory_kind for leaf in moved} == {"pinned_host"}
+    moved = [leaf for leaf in jax.tree.leaves(made.state.optimizer) if leaf.shape]
+    assert moved and {leaf.sharding.memory_kind for leaf in moved} == {"pinned_host"}
     assert "in the host's memory" in "".join(trainer.plan(made, (3, 8, 4), 5))
-    (state, losses), (other, same) = trained(away, 3), trained(dataclasses.replace(away, offload=False), 3)
-    assert losses == same and far(state.params, other.params) == 0
+    state, losses = trained(away, 3)
+    assert losses == plain[1] and far(state.params, plain[0].params) == 0
 
 
 def test_clips_of_two_sizes_are_trained_on(monkeypatch, tmp_path):
@@ -112,7 +116,6 @@ def test_clips_of_two_sizes_are_trained_on(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "feeding", lambda asked, made: both)
     train.main([str(config), "--synthetic", "--out", str(tmp_path / "run")])
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) >= 4
-    odd = both._replace(sizes=[(3, 8, 4), (1, 2, 2)])
-    monkeypatch.setattr(train, "feeding", lambda asked, made: odd)
+    settings = dataclasses.replace(PLAIN, mesh="data=4,context=2")
     with pytest.raises(Refusal, match=r"clips of \(1, 2, 2\)"):
-        train.main([str(config), "--synthetic", "--out", str(tmp_path / "other")])
+        trainer.build(settings, PLAIN.dit).check([(3, 8, 4), (1, 2, 2)])

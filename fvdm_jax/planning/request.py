@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fvdm_jax import chips
 from fvdm_jax.program import Parser, Refusal, check_output, number, whole
+from fvdm_jax.train_request import config_file, read
 
 DESCRIPTION = (
     "Compiles a step for TPUs that are not there, and says what it would take: bytes, operations, time."
@@ -63,24 +64,10 @@ class Asked(NamedTuple):
 
 def parse(argv: list[str]) -> Asked:
     """Raises Refusal for a flag or a value that cannot be."""
-    path = next((word for word in argv if word.endswith(".py")), None)
-    if path is None:
-        if {"-h", "--help"} & set(argv):
-            Parser.print_help(parser())
-            raise SystemExit(0)
-        raise Refusal("CONFIG.py", "is missing", "give a file of configs/ first")
-    where = _slice(argv)
-    from fvdm_jax import config
-
-    function = config.load(Path(path))
-    flags = parser(function).parse_args(argv)
+    path, where = config_file(argv, parser), _slice(argv)
+    flags, settings, *_ = read(path, argv, parser)
     if where is None:
         raise Refusal("--topology", "is missing", chips.FORMS)
-    own = config.options(function)
-    try:
-        settings = function(**{name: value for name, value in vars(flags).items() if name in own})
-    except ValueError as wrong:
-        raise Refusal(path, str(wrong)) from wrong
     _check(flags)
     return Asked(flags, where, settings)
 
