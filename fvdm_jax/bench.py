@@ -153,7 +153,7 @@ def opponent(asked, device):
     if asked.against == "none" or asked.against is None and not baseline.installed():
         return None
     if not baseline.installed():
-        remedy = 'pip install "fvdm_jax[parity]"'
+        remedy = 'pip install -e ".[parity]"'
         raise Refusal("--against", f"{', '.join(baseline.PACKAGES)} are not all installed", remedy)
     where = baseline.device(device.platform)
     if where is None and asked.against:

@@ -62,7 +62,8 @@ def generate(request: Request, stages: Stages):
         shape = (1, request.latent_frames, height, width, networks.vae.latent)
         network = lora.Network(networks.dit, attending=Attending(request.attention))
         over, attention = sampling.mesh(request.mesh, network, shape[1:4], _guided(request))
-    stages.say(f"attention by {attention}")
+    sizes = ", ".join(f"{name} {size}" for name, size in over.shape.items() if size > 1)
+    stages.say(f"attention by {attention}" + (f"; devices: {sizes}" if sizes else ""))
     prompts = _read(request, networks, stages)
 
     task = tasks.text_to_video(shape)

@@ -113,7 +113,7 @@ def tell(asked: Asked, made, feed) -> None:
     if jax.process_index():
         return
     for name, (default, value) in asked.changed.items():
-        print(f"{name} {value} (the config has {default})")
+        print(f"{name} {value} (the config has {'none' if default == '' else default})")
     print(*trainer.plan(made, feed.sizes[0], len(feed.nothing)), sep="\n")
     print(feed.told)
     if asked.flags.plan:

@@ -126,7 +126,10 @@ class Trainer(NamedTuple):
 
     def trained(self, state: TrainState) -> dict:
         """What is exported of a state: its running average if it has one, else its parameters."""
-        return state.params if state.average is None else state.average
+        if state.average is None:
+            return state.params
+        # It may wait in the host's memory.
+        return jax.device_put(state.average, jax.tree.map(_place, self.state.params))
 
     def stored(self) -> dict:
         """The types in which the network's parameters are stored: as they are computed with."""

@@ -58,7 +58,7 @@ def compiled(devices: list, kind: str) -> hlo.Program:
 @pytest.fixture(scope="module")
 def tpu():
     """Compiles for chips that are not there: devices of a slice, by its name."""
-    pytest.importorskip("libtpu", reason='needs libtpu: pip install "fvdm_jax[plan]"')
+    pytest.importorskip("libtpu", reason='needs libtpu: pip install -e ".[plan]"')
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies
 

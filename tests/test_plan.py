@@ -247,7 +247,7 @@ def test_without_the_compiler_its_package_is_named(capsys, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
     code, _, err = said(capsys, FULL, "--topology", "v5p:4x4x4")
-    assert code == 2 and 'pip install "fvdm_jax[plan]"' in err and err.count("\n") == 1
+    assert code == 2 and 'pip install -e ".[plan]"' in err and err.count("\n") == 1
 
 
 def test_what_a_compiler_says_of_memory():
@@ -265,7 +265,7 @@ def test_what_a_compiler_says_of_memory():
 @pytest.fixture
 def libtpu():
     """Where the compiler is installed, and libtpu's variables are set."""
-    pytest.importorskip("libtpu", reason='needs libtpu: pip install "fvdm_jax[plan]"')
+    pytest.importorskip("libtpu", reason='needs libtpu: pip install -e ".[plan]"')
     aot.prepare()
 
 

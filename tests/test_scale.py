@@ -85,6 +85,9 @@ def test_masters_of_half_the_size_learn_the_same(plain):
 
 def test_what_waits_in_the_hosts_memory_is_the_same(plain):
     away = dataclasses.replace(PLAIN, offload=True)
+    kept = trainer.build(dataclasses.replace(away, average=0.9), PLAIN.dit, jax.devices()[:1])
+    near = kept.trained(kept.start())
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(near)} == {"device"}
     made = trainer.build(away, PLAIN.dit, jax.devices()[:1])
     moved = [leaf for leaf in jax.tree.leaves(made.state.optimizer) if leaf.shape]
     assert moved and {leaf.sharding.memory_kind for leaf in moved} == {"pinned_host"}

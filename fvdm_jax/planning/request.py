@@ -85,7 +85,7 @@ def _slice(argv: list[str]) -> chips.Slice | None:
         raise Refusal("--topology", str(wrong)) from wrong
     if not found.gpu and importlib.util.find_spec("libtpu") is None:
         what = "needs TPU's compiler, libtpu, which is not installed"
-        raise Refusal("--topology", what, 'pip install "fvdm_jax[plan]"')
+        raise Refusal("--topology", what, 'pip install -e ".[plan]"')
     return found
 
 
