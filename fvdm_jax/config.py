@@ -93,7 +93,8 @@ class Training:
                 raise Refusal(f"--{name}", f"{getattr(self, name)!r} is unknown", f"give {', '.join(table)}")
         for name in ("dtype", "masters"):
             if getattr(self, name) not in ("", "float32", "bfloat16")[name == "masters" :]:
-                what = f"{getattr(self, name)!r} is no type for it"
+                use = {"dtype": "compute in", "masters": "keep them in"}[name]
+                what = f"{getattr(self, name)!r} is no type to {use}"
                 raise Refusal(flag(name), what, "give float32 or bfloat16")
         for name, rule in _RULES.items():
             if wrong := rule(getattr(self, name)):
