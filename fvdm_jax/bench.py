@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     device = jax.devices()[0]
-    if device.platform == "cpu":
-        machine.keep_memory()
+    machine.keep_memory()
     case, other = described(asked, device), opponent(asked, device)
     record = about(case, device, other)
     print(*headlines(record, other), sep="\n")

@@ -91,9 +91,9 @@ class Training:
         for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise Refusal(f"--{name}", f"{getattr(self, name)!r} is unknown", f"give {', '.join(table)}")
-        for name in ("dtype", "masters"):
-            if getattr(self, name) not in ("", "float32", "bfloat16")[name == "masters" :]:
-                use = {"dtype": "compute in", "masters": "keep them in"}[name]
+        types = "float32", "bfloat16"
+        for name, known, use in (("dtype", ("", *types), "compute in"), ("masters", types, "keep them in")):
+            if getattr(self, name) not in known:
                 what = f"{getattr(self, name)!r} is no type to {use}"
                 raise Refusal(flag(name), what, "give float32 or bfloat16")
         for name, rule in _RULES.items():

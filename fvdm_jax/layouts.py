@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fvdm_jax.costs import tokens
 from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.sharding import AXES
 
 
 class Work(NamedTuple):
@@ -22,10 +23,7 @@ class Work(NamedTuple):
     parts: int = 1
 
 
-AXES = ("data", "fsdp", "context", "tensor")
-
 TABLE = {
-    ("train", 1536, 1): {},
     ("train", 5120, 4): {"context": 4},
     ("train", 5120, 8): {"context": 8},
     ("train", 5120, 16): {"fsdp": 2, "context": 8},
@@ -36,6 +34,11 @@ TABLE = {
     ("sample", 5120, 16): {"fsdp": 2, "context": 8},
 }
 """The recommended layout by task, width of the network and devices; axes that are not named are 1."""
+
+
+def work(config: DiTConfig, clip: tuple[int, int, int], batch: int, parts: int = 1) -> Work:
+    """That of a network and clips of (f, h, w) in latents."""
+    return Work(config.heads, tokens(clip) // clip[0], batch, parts)
 
 
 def problem(sizes: dict[str, int], work: Work) -> str:
@@ -84,11 +87,11 @@ def recommended(task: str, config: DiTConfig, clip: tuple[int, int, int], device
     `task` is "train" or "sample"; the clip is (f, h, w) in latents, `batch` what the network sees at once.
     Where nothing divides all devices lie along data.
     """
-    work = Work(config.heads, tokens(clip) // clip[0], batch)
+    asked = work(config, clip, batch)
     row = whole(TABLE.get((task, config.width, devices), {}))
-    if math.prod(row.values()) == devices and not problem(row, work):
+    if math.prod(row.values()) == devices and not problem(row, asked):
         return text(row)
-    found = candidates(devices, work)
+    found = candidates(devices, asked)
     return text(found[0]) if found else f"data={devices}"
 
 

@@ -40,14 +40,16 @@ _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
 
 
 def keep_memory() -> None:
-    """What is freed stays with the process, where the C library is glibc.
+    """What is freed stays with the process, where a CPU computes and the C library is glibc.
 
     XLA's CPU backend takes a step's memory anew at each step; from the system it would come as pages of
     zeros, millions of them, which cost a fifth of the time of training at Wan's widths.
     """
     import ctypes
 
-    if platform.libc_ver()[0] == "glibc":
+    import jax
+
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
         # One arena, nothing mapped for itself, and −1: nothing given back.
         for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):

@@ -104,7 +104,9 @@ def costing(told: dict, flags, settings) -> dict:
 
 def mesh(told: dict) -> str:
     """The layout as --mesh takes it."""
-    return ",".join(f"{name}={size}" for name, size in told["mesh"].items() if size > 1) or "data=1"
+    from fvdm_jax.layouts import text
+
+    return text(told["mesh"])
 
 
 def brief(told: dict) -> str:

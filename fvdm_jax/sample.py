@@ -55,8 +55,7 @@ def generate(request: Request, stages: Stages):
         from fvdm_jax.samplers import SAMPLERS
 
         machine.keep_compiled_programs()
-        if jax.default_backend() == "cpu":
-            machine.keep_memory()
+        machine.keep_memory()
         networks = checkpoint.describe(request.model)
         height, width = (side // networks.vae.spatial for side in request.size)
         shape = (1, request.latent_frames, height, width, networks.vae.latent)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fvdm_jax import costs, layouts, lora, sharding
+from fvdm_jax import layouts, lora, sharding
 from fvdm_jax.guidance import Generation
 from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal
@@ -21,7 +21,7 @@ def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], guided: b
     Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
     """
     devices, clips = jax.device_count(), 1 + guided
-    work = layouts.Work(network.config.heads, costs.tokens(clip) // clip[0], clips)
+    work = layouts.work(network.config, clip, clips)
     try:
         sizes = sharding.sizes(
             text or layouts.recommended("sample", network.config, clip, devices, clips), devices

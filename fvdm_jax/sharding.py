@@ -143,7 +143,11 @@ def replicated(over: Mesh) -> NamedSharding:
     return NamedSharding(over, PartitionSpec())
 
 
-def across(width: int, least: int = 8) -> Mesh:
-    """As many devices as divide frames of this width, in latent pixels, into parts of `least` or more."""
-    counts = [n for n in range(1, len(jax.devices()) + 1) if width % n == 0 and width // n >= least]
-    return mesh(context=max(counts, default=1))
+def parts(width: int, most: int, least: int = 8) -> int:
+    """Into how many parts of `least` or more, and `most` of them, a width of latent pixels divides."""
+    return max((n for n in range(1, most + 1) if width % n == 0 and width // n >= least), default=1)
+
+
+def across(width: int) -> Mesh:
+    """As many devices as divide frames of this width, in latent pixels."""
+    return mesh(context=parts(width, len(jax.devices())))

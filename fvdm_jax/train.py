@@ -17,13 +17,10 @@ def main(argv: list[str]) -> int:
     """Trains what `argv` asks for. Returns 130 or 143 where it was stopped."""
     asked = parse(argv)
     join(asked.flags)
-    import jax
-
     from fvdm_jax import machine, trainer
 
     machine.keep_compiled_programs()
-    if jax.default_backend() == "cpu":
-        machine.keep_memory()
+    machine.keep_memory()
     settings = asked.settings
     made = trainer.build(settings, sizes(asked))
     if asked.flags.export:

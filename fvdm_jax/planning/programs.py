@@ -59,7 +59,7 @@ def layouts_of(case: Case) -> list[dict[str, int]]:
     """
     devices, clip, settings = case.over.devices, case.clip, case.settings
     parts = settings.parts if case.task == "train" else 1
-    work = layouts.Work(case.network.heads, costs.tokens(clip) // clip[0], case.batch, parts)
+    work = layouts.work(case.network, clip, case.batch, parts)
     if settings.mesh:
         asked = sharding.sizes(settings.mesh, devices)
         if case.codes and (asked["context"] != devices or clip[2] % devices):
@@ -68,9 +68,7 @@ def layouts_of(case: Case) -> list[dict[str, int]]:
             raise ValueError(wrong)
         return [asked]
     if case.codes:
-        # As sharding.across has it: parts of eight latent pixels or more.
-        counts = [n for n in range(1, devices + 1) if clip[2] % n == 0 and clip[2] // n >= 8]
-        return [layouts.whole({"context": max(counts, default=1)})]
+        return [layouts.whole({"context": sharding.parts(clip[2], devices)})]
     found = layouts.candidates(devices, work)
     if not found:
         one = layouts.problem(layouts.whole({"fsdp": devices}), work)
