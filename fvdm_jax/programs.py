@@ -1,8 +1,8 @@
 """Programs that are compiled once and kept; what will be compiled is told before, with how long it took.
 
-jax keeps the programs itself, in the folder of `machine.keep_compiled_programs`. Tracing and lowering
-are done at every run: layers are scanned, so that they take less than half a second whatever the depth, of which
-jax.export would save a half.
+jax keeps the programs itself, in the folder of `machine.keep_compiled_programs`. Tracing and lowering are
+done at every run: layers are scanned, so that they take less than half a second whatever the depth, of
+which jax.export would save a half.
 """
 
 import contextlib
