@@ -27,7 +27,6 @@ Eight clips are learned by heart, as a check of the trainer (loss 1.85 at first,
 """
 
 import dataclasses
-import json
 import sys
 import time
 from functools import partial
@@ -45,6 +44,7 @@ from fvdm_jax import levels  # noqa: E402
 from fvdm_jax.checkpoint import Networks, load_tree, restore_tree, save, save_tree  # noqa: E402
 from fvdm_jax.config import Training  # noqa: E402
 from fvdm_jax.data import records, source  # noqa: E402
+from fvdm_jax.data.textures import textures  # noqa: E402
 from fvdm_jax.models.dit import DiTConfig  # noqa: E402
 from fvdm_jax.models.text import TextConfig, TextEncoder  # noqa: E402
 from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer  # noqa: E402
@@ -53,22 +53,24 @@ from fvdm_jax.optimisers import Optimiser  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/tiny"
-WIDE, LATENT = 32, 16
-"""Channels of the latents while the VAE is trained, and of those that are kept."""
-
-UNIT = (0.0,) * WIDE, (1.0,) * WIDE
+LATENT = 16
+UNIT = (0.0,) * LATENT, (1.0,) * LATENT
 VAE_SIZES = VAEConfig(
-    16, 32, WIDE, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
+    16, 32, LATENT, *UNIT, multipliers=(1, 2, 2), temporal=(True, True), blocks=1, patch=2, shortcuts=True
 )
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
-DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
-FRAMES, SIDE, CLIPS = 25, 80, 12000
+DIT_SIZES = DiTConfig(192, 768, 3, 6, LATENT, LATENT, text_width=128, dtype="float32")
+FRAMES, SIDE, CLIPS = 33, 64, 10000
+DATA, ENCODED = 4, 20
+"""The seed of the clips that are learned from; how many are encoded at once."""
 
 VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1200, 2700
-VAE_SIDE, IMAGE_BATCH, CLIP_BATCH = 64, (12, 1, 64), (2, 33, 32)
-"""Pixels in which scenes are drawn for the VAE; count, frames and side of a batch of images and of clips."""
-KL = 1e-4
+IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 33, 32)
+"""Count, frames and side of the VAE's batches of images and of clips."""
+PAIRS = 0.1
+"""The share of clips with two shapes."""
+KL = 3e-5
 
 SAMPLING = {
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background", "negative": "",
@@ -86,17 +88,17 @@ def optimiser(rate: float, steps: int):
 def vae_batch(step: int):
     """Pixels [b t H W 3], half textures, half moving shapes: at every third step clips, else images."""
     count, frames, side = CLIP_BATCH if step % 3 == 2 else IMAGE_BATCH
-    rng = np.random.default_rng((1, step))
     keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), count // 2)
-    corner = rng.integers(0, VAE_SIDE - side + 1, 2)
-    return _vae_pixels(keys, source.scenes(rng, count // 2), corner, frames, side)
+    corner = np.random.default_rng((1, step)).integers(0, SIDE - side + 1, 2)
+    scene = source.scenes(1, range(step * count, step * count + count // 2), PAIRS)
+    return _vae_pixels(keys, scene, corner, frames, side)
 
 
 @partial(jax.jit, static_argnames=("frames", "side"))
 def _vae_pixels(keys, scene, corner, frames, side):
-    shapes = source.moving_shapes(scene, frames, VAE_SIDE, VAE_SIDE)
-    textures = jax.vmap(lambda key: source.textures(key, frames, VAE_SIDE, VAE_SIDE))(keys)
-    video = jnp.concatenate([textures, shapes])
+    shapes = source.moving_shapes(scene, frames, SIDE, SIDE)
+    drifting = jax.vmap(lambda key: textures(key, frames, SIDE, SIDE))(keys)
+    video = jnp.concatenate([drifting, shapes])
     start = (0, 0, *corner, 0)
     return jax.lax.dynamic_slice(video, start, (*video.shape[:2], side, side, 3))
 
@@ -112,10 +114,19 @@ def vae_loss(params, video, key):
     return error + KL * divergence, error
 
 
+def started(name: str) -> dict | None:
+    """What an earlier sitting stored under this name, to go on from."""
+    path = RUNS / f"{name}.safetensors"
+    return load_tree(path) if path.exists() else None
+
+
 def train_vae(steps: int = VAE_STEPS):
     """Trains the VAE and stores it in RUNS, with the latents' mean and spread still 0 and 1."""
-    params = nn.meta.unbox(jax.jit(VAE(VAE_SIZES).init)(jax.random.key(0), vae_batch(0)))["params"]
-    train(params, optimiser(2e-3, steps), range(steps), vae_batch, vae_loss, "vae")
+    params = (
+        started("vae")
+        or nn.meta.unbox(jax.jit(VAE(VAE_SIZES).init)(jax.random.key(0), vae_batch(0)))["params"]
+    )
+    train(params, optimiser(7e-4, steps), range(steps), vae_batch, vae_loss, "vae")
 
 
 def train(params, tx, steps, batch, loss, name):
@@ -146,20 +157,17 @@ def train(params, tx, steps, batch, loss, name):
             save_tree(RUNS / f"{name}.safetensors", average)
 
 
-WORDS = (source.SHAPES, source.COLOURS, source.SIZES, source.DIRECTIONS, source.SPEEDS, source.BACKGROUNDS)
-CLASSES = [len(table) for table in (*WORDS, source.TONES)]
-"""How many words there are for what a scene's first seven fields say."""
-
-
-LONGEST = 96
-"""Bytes of the longest caption and a little more; prompts may be longer."""
+WORDS = (source.SHAPES, source.COLOURS, source.SIZES, source.DIRECTIONS, source.SPEEDS)
+"""What is said of a shape; then come background and tone."""
+CLASSES = [len(table) for table in (*WORDS, source.BACKGROUNDS, source.TONES)]
 
 
 def text_batch(step: int):
-    """Tokens, mask and scenes of 32 captions."""
-    scenes = source.scenes(np.random.default_rng((3, step)), 32)
-    tokens, mask = byte_tokenizer([source.caption(scenes, i) for i in range(32)], LONGEST)
-    return tokens, mask, np.stack(scenes[: len(CLASSES)], -1)
+    """Tokens, mask and what 32 captions say, [32 7] indices into their tables."""
+    scene = source.scenes(3, range(32 * step, 32 * step + 32))
+    tokens, mask = byte_tokenizer([source.caption(scene, i) for i in range(32)], TEXT_SIZES.length)
+    of_shape = [field[:, 0] for field in scene[: len(WORDS)]]
+    return tokens, mask, np.stack([*of_shape, scene.background, scene.tone], -1)
 
 
 def text_loss(params, data, key):
@@ -178,64 +186,49 @@ def text_loss(params, data, key):
 
 def train_text(steps: int = TEXT_STEPS):
     """Trains the text encoder by reading captions back, far cheaper than by making videos of them."""
-    tokens, mask, _ = text_batch(0)
-    encoder = nn.meta.unbox(jax.jit(TextEncoder(TEXT_SIZES).init)(jax.random.key(0), tokens, mask))["params"]
-    reader = jnp.zeros((TEXT_SIZES.width, sum(CLASSES)))
-    params = {"encoder": encoder, "reader": reader}
+    params = started("text")
+    if params is None:
+        tokens, mask, _ = text_batch(0)
+        start = jax.jit(TextEncoder(TEXT_SIZES).init)(jax.random.key(0), tokens, mask)
+        reader = jnp.zeros((TEXT_SIZES.width, sum(CLASSES)))
+        params = {"encoder": nn.meta.unbox(start)["params"], "reader": reader}
     train(params, optimiser(2e-3, steps), range(steps), text_batch, text_loss, "text")
 
 
 def store_latents(clips: int = CLIPS):
-    """Encodes clips, four of five of moving shapes, the fifth of textures, and stores them with captions."""
-    params = load_tree(RUNS / "vae.safetensors")
-    shape = (FRAMES, SIDE, SIDE)
+    """Encodes clips of moving shapes; goes on where an earlier sitting stopped."""
+    params, path = load_tree(RUNS / "vae.safetensors"), RUNS / "latents.npy"
 
     @jax.jit
-    def encode(scene, keys):
-        textures = jax.vmap(lambda key: source.textures(key, *shape))(keys)
-        video = jnp.concatenate([source.moving_shapes(scene, *shape), textures])
+    def encode(scene):
+        video = source.moving_shapes(scene, FRAMES, SIDE, SIDE)
         return VAE(VAE_SIZES).apply({"params": params}, video, method="encode").astype(jnp.float16)
 
-    captions, began = [], time.time()
-    size = (clips, 1 + FRAMES // 4, SIDE // VAE_SIZES.spatial, SIDE // VAE_SIZES.spatial, WIDE)
-    store = np.lib.format.open_memmap(RUNS / "latents.npy", "w+", np.float16, size)
-    for i in range(0, clips, 20):
-        scene = source.scenes(np.random.default_rng((4, i)), 16)
-        store[i : i + 20] = encode(scene, jax.random.split(jax.random.fold_in(jax.random.key(4), i), 4))
-        captions += [source.caption(scene, j, full=(i + j) % 4 > 0) for j in range(16)]
-        captions += ["textures drift"] * 4
-        if i % 400 == 380:
-            print(f"latents {i + 20}/{clips} {time.time() - began:.0f} s", flush=True)
-    store.flush()
-    (RUNS / "captions.json").write_text(json.dumps(captions))
+    began, done = time.time(), np.load(path) if path.exists() else np.zeros((0,), np.float16)
+    chunks = [done] if len(done) else []
+    for i in range(len(done), clips, ENCODED):
+        chunks.append(np.asarray(encode(source.scenes(DATA, range(i, i + ENCODED)))))
+        if i // ENCODED % 50 == 49:
+            print(f"latents {i + ENCODED}/{clips} {time.time() - began:.0f} s", flush=True)
+    np.save(path, np.concatenate(chunks)[:clips])
 
 
-def stored_latents():
-    """All stored latents [n f h w c]."""
-    return np.load(RUNS / "latents.npy", mmap_mode="r")
+def statistics(store: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and spread [LATENT] that latents are normalised by.
 
-
-def principal(store):
-    """The directions [WIDE LATENT] in which latents vary most, and mean and spread [LATENT] along them.
-
-    A few directions carry almost everything: the first of the 32 has a thousand times the power of the last,
-    which a denoiser would learn as eagerly. The spread is between what it is and its average, so that large
-    and small components lie closer together and are not quite alike. The directions are those of the latents
-    themselves, not of their deviation from a mean, so that they pass through a convolution's zero padding.
+    The spread is between what it is and its average, so that strong and weak components lie closer together
+    and are not quite alike: a weak one is fine detail, which a denoiser would else learn as eagerly.
     """
-    sample = np.asarray(store[::6], np.float64).reshape(-1, WIDE)
-    _, directions = np.linalg.eigh(sample.T @ sample / len(sample))
-    directions = directions[:, ::-1][:, :LATENT]
-    along = sample @ directions
-    spread = np.sqrt(along.std(0) * np.mean(along.std(0)))
-    return directions, along.mean(0), spread
+    sample = np.asarray(store[::6], np.float64).reshape(-1, LATENT)
+    return sample.mean(0), np.sqrt(sample.std(0) * np.mean(sample.std(0)))
 
 
-def store_records(clips: int = CLIPS):
-    """Writes the stored latents, along their principal directions, with their captions' states as records."""
-    store, captions = stored_latents(), json.loads((RUNS / "captions.json").read_text())
-    directions, mean, spread = principal(store)
+def store_records():
+    """Writes the stored latents, normalised, with their captions' states, as records."""
+    store = np.load(RUNS / "latents.npy", mmap_mode="r")
+    mean, spread = statistics(store)
     encoder = load_tree(RUNS / "text.safetensors")["encoder"]
+    scene = source.scenes(DATA, range(len(store)))
 
     @jax.jit
     def read(tokens, mask):
@@ -246,15 +239,13 @@ def store_records(clips: int = CLIPS):
         return np.asarray(read(tokens, mask))[0, : int(mask.sum())]
 
     header = records.Header(LATENT, TEXT_SIZES.width, TEXT_SIZES.length, SAMPLING["fps"], "tiny", {}, {})
-    # Textures are for the VAE, which has to do with photographs; there is no saying what they are.
-    shown = [i for i, caption in enumerate(captions) if caption != "textures drift"][:clips]
     with records.Writer(RUNS / "records", header) as writer:
-        for i in shown:
-            latents = (store[i].astype(np.float32) @ directions - mean) / spread
-            key = f"{i} {captions[i]}"
-            if key not in writer.done:
-                name, said = f"clip {i:05}", states(captions[i])
-                writer.add(records.Record(name, captions[i], latents.astype(np.float32), said), key)
+        for i, clip in enumerate(store):
+            said = source.caption(scene, i, full=i % 4 > 0)
+            if (key := f"{i} {said}") not in writer.done:
+                latents = (clip.astype(np.float32) - mean) / spread
+                record = records.Record(f"clip {i:05}", said, latents.astype(np.float32), states(said))
+                writer.add(record, key)
     save_tree(RUNS / "records/null.safetensors", {"states": states("")})
 
 
@@ -278,44 +269,16 @@ def config(rule="adamw", rate=2e-3, steps=DIT_STEPS, **others) -> Training:
         "average": 0.998,
         "remat": "none",
         "text": TEXT_SIZES.length,
-        "clip": "7x10x10",
+        "clip": "9x8x8",
     }
     return Training(steps=steps, **tiny | others)
 
 
-def narrowed(params, directions):
-    """The VAE's parameters with latents along `directions` only, folded into the convolutions around them.
-
-    Exact but for two things: the posterior has no spread any more, and what the decoder's bias says outside
-    of these directions is taken to hold at the borders too.
-    """
-    encoder, decoder = (dict(params[side]) for side in ("encoder", "decoder"))
-    last, quant = encoder["conv_out"], encoder["quant"]
-    onto = quant["kernel"][0, 0, 0, :, :WIDE] @ directions
-    silent = [(0, 0)] * 4 + [(0, LATENT)]
-    encoder["conv_out"] = {
-        "kernel": np.pad(last["kernel"] @ onto, silent),
-        "bias": np.pad(last["bias"] @ onto + quant["bias"][:WIDE] @ directions, (0, LATENT)),
-    }
-    spreadless = np.repeat([0.0, -20.0], LATENT)
-    encoder["quant"] = {"kernel": np.eye(2 * LATENT)[None, None, None], "bias": spreadless}
-    kernel, bias = decoder["post_quant"]["kernel"][0, 0, 0], decoder["post_quant"]["bias"]
-    across, within = np.linalg.qr((directions.T @ kernel).T)
-    decoder["post_quant"] = {"kernel": within.T[None, None, None], "bias": bias @ across}
-    first, rest = decoder["conv_in"]["kernel"], bias - bias @ across @ across.T
-    decoder["conv_in"] = {
-        "kernel": np.einsum("ik,thwio->thwko", across, first),
-        "bias": decoder["conv_in"]["bias"] + np.einsum("i,thwio->o", rest, first),
-    }
-    return {"encoder": encoder, "decoder": decoder}
-
-
 def vae():
     """The VAE that is packed: its config and parameters."""
-    directions, mean, spread = principal(stored_latents())
-    params = narrowed(load_tree(RUNS / "vae.safetensors"), directions)
-    statistics = {"mean": tuple(map(float, mean)), "std": tuple(map(float, spread))}
-    return dataclasses.replace(VAE_SIZES, latent=LATENT, **statistics), params
+    mean, spread = (tuple(map(float, row)) for row in statistics(np.load(RUNS / "latents.npy")))
+    config = dataclasses.replace(VAE_SIZES, mean=mean, std=spread)
+    return config, load_tree(RUNS / "vae.safetensors")
 
 
 def pack():

@@ -21,6 +21,7 @@ from fvdm_jax.models.layers import (
     Dense,
     LayerNorm,
     RMSNorm,
+    gelu,
     layer_norm,
     named,
     rope_table,
@@ -144,7 +145,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = Dense(self.config.ffn, ("embed", "mlp"), self.config.dtype, name="up")(x)
-        return Dense(self.config.width, ("mlp", "embed"), self.config.dtype, name="down")(nn.gelu(x))
+        return Dense(self.config.width, ("mlp", "embed"), self.config.dtype, name="down")(gelu(x))
 
 
 def modulation_table(module: nn.Module, rows: int, width: int) -> Float[Array, "rows d"]:
@@ -200,7 +201,7 @@ class MLP(nn.Module):
     def __call__(self, x):
         init = nn.initializers.normal(0.02)
         x = Dense(self.features, ("embed_in", "embed"), self.dtype, initializer=init, name="up")(x)
-        x = {"silu": nn.silu, "gelu": nn.gelu}[self.activation](x)
+        x = {"silu": nn.silu, "gelu": gelu}[self.activation](x)
         return Dense(self.features, ("embed", "embed_out"), self.dtype, initializer=init, name="down")(x)
 
 
