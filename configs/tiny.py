@@ -66,7 +66,7 @@ DATA, ENCODED = 4, 20
 """The seed of the clips that are learned from; how many are encoded at once."""
 
 VAE_STEPS, TEXT_STEPS, DIT_STEPS = 4500, 1200, 2700
-IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (2, 33, 32)
+IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (3, 33, 32)
 """Count, frames and side of the VAE's batches of images and of clips."""
 PAIRS = 0.1
 """The share of clips with two shapes."""
@@ -86,11 +86,12 @@ def optimiser(rate: float, steps: int):
 
 
 def vae_batch(step: int):
-    """Pixels [b t H W 3], half textures, half moving shapes: at every third step clips, else images."""
-    count, frames, side = CLIP_BATCH if step % 3 == 2 else IMAGE_BATCH
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), count // 2)
+    """Pixels [b t H W 3], of which a third are textures, else moving shapes: images and clips in turn."""
+    count, frames, side = CLIP_BATCH if step % 2 else IMAGE_BATCH
+    others = count // 3
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(1), step), others)
     corner = np.random.default_rng((1, step)).integers(0, SIDE - side + 1, 2)
-    scene = source.scenes(1, range(step * count, step * count + count // 2), PAIRS)
+    scene = source.scenes(1, range(step * count, (step + 1) * count - others), PAIRS)
     return _vae_pixels(keys, scene, corner, frames, side)
 
 

@@ -60,8 +60,8 @@ def _paths(frames: int) -> list[Schedule]:
     even = partial(schedule.pusa, shift=1.0)
     lag, generated = -(-50 // frames), given[0].strength
     return [schedule.schedule(even(100), task.strength) for task in given] + [
-        schedule.schedule(even(50), generated, schedule.autoregressive(frames, 50)),
-        schedule.schedule(even(lag * frames), generated, schedule.diffusion_forcing(frames, lag)),
+        schedule.schedule(even(50), generated, 50 * np.arange(frames)),
+        schedule.schedule(even(lag * frames), generated, lag * np.arange(frames)),
     ]
 
 

@@ -1,8 +1,8 @@
 """Says what a clip of the synthetic world shows: which shape, of what colour and size, and how it moves.
 
 Image processing alone: no network, nothing learned and nothing random. `fvdm_jax.data.source` draws what is
-read here. Clips are [t H W 3], −1 … 1; places are x and y, 0 … 1; lengths are in heights of the frame, and
-velocities per clip of LENGTH frames. What cannot be seen is said to be NOTHING.
+read here. Clips are [t H W 3], −1 … 1, of square frames; places are x and y, 0 … 1; lengths are in heights
+of the frame, and velocities per clip of LENGTH frames. What cannot be seen is said to be NOTHING.
 """
 
 from functools import lru_cache
@@ -132,7 +132,7 @@ def read_pair(clip: np.ndarray, scene: Scene, i: int, start: int = 0) -> tuple[R
         _sight(_cover(view, colours[None, w]) * _nearer(view.pixels, *colours[[w, 1 - w]])) for w in (0, 1)
     ]
     behind = sights[1].areas
-    clear = np.ones(len(clip), bool), behind > 0.95 * np.quantile(behind, 0.9)
+    clear = np.ones(len(clip), bool), behind >= 0.95 * np.quantile(behind, 0.9)
     front, back = (
         _reading(view, s, np.full(len(clip), k), start, c)
         for s, k, c in zip(sights, asked, clear, strict=True)
@@ -183,6 +183,8 @@ def continues(reading: Reading, scene: Scene, i: int, after: int) -> tuple[bool,
     asked, time = velocity(scene)[i, 0], after / (LENGTH - 1)
     times = (reading.first + np.arange(len(reading.centres))) / (LENGTH - 1)
     late = reading.clear & (times >= time - 1e-6)
+    if not late.any():
+        raise ValueError(f"no frame from {after} on shows the shape: give a frame of the clip")
     seen = np.array(reading.shapes)[late] != NOTHING
     path = _path(reading.centres[late], times[late], seen, margin)
     speed, wanted = np.linalg.norm(path.velocity), np.linalg.norm(asked)
@@ -349,7 +351,7 @@ def _reading(view: _View, sight: _Sight, colours: np.ndarray, first: int, clear:
         colour=words[1][np.bincount(colours[sure]).argmax()] if there else NOTHING,
         size=words[2][size] if there else NOTHING,
         direction=_direction(path.velocity) if there else NOTHING,
-        speed=float(np.linalg.norm(path.velocity)),
+        speed=float(np.linalg.norm(path.velocity)) if there else 0.0,
         tone=_tone(view.tone),
         path=path,
         shapes=tuple(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fvdm_jax import latents
+from fvdm_jax import latents, zoo
 from fvdm_jax.keeps import GRAMMAR, Keep, latent, placed
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.program import Parser, Refusal, check_output, number, numbered, plain, whole
@@ -74,6 +74,7 @@ class Request:
     tiles: tuple[int, int] = (0, 0)
     mesh: str = ""
     attention: str = "auto"
+    schedule: str = "together"
     lora: tuple[tuple[str, float], ...] = ()
     keeps: tuple[Keep, ...] = ()
 
@@ -129,7 +130,9 @@ def _stored(given: dict) -> Request:
         right = f"with it go {', '.join(f'--{name}' for name in FOR_DECODE[1:])}"
         raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
     saved = latents.probe(given["decode"])
-    told = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
+    # Latents of before there were schedules do not name theirs.
+    told = {"schedule": "together"}
+    told |= {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
     chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
     model = defaults(chosen.get("model") or Path(str(told.get("model"))))
     rules = RULES | {"size": sides(model.multiple), "keep": texts, "strength": strengths}
@@ -173,6 +176,12 @@ def parser() -> Parser:
     )
     add("--steps", type=whole, metavar="N", help="steps of the solver")
     add("--solver", choices=SOLVERS, help="how a step is taken")
+    add(
+        "--schedule",
+        default="together",
+        metavar="NAME[:OPTION=N,…]",
+        help=f"when each frame takes its steps: {', '.join(zoo.ZOO)}, or a .json file of levels",
+    )
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
     add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
     add("--seed", type=whole, default=0, metavar="N", help="0 to 2^64 - 1; default 0")
@@ -297,6 +306,11 @@ def validate(request: Request, model: Defaults) -> Request:
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
             raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
     complete = dataclasses.replace(filled, keeps=placed(filled.keep, filled.latent_frames, filled.fps))
+    if complete.schedule.endswith(".json"):
+        try:
+            zoo.levels(complete.schedule, (), complete.strength)
+        except ValueError as wrong:
+            raise Refusal("--schedule", str(wrong)) from wrong
     if not complete.explain:
         _check_outputs(complete)
     return complete
@@ -310,7 +324,7 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     if strange := sorted(set(model.sampling) - set(SAMPLING)):
         right = f"it may hold {', '.join(SAMPLING)}"
         raise Refusal(model.config, f"'sampling' holds {plain(strange[0])}", right)
-    values, where = {}, {"seed": "--seed"}
+    values, where = {}, {"seed": "--seed", "schedule": "--schedule"}
     for name in SAMPLING:
         where[name] = f"--{name}"
         if getattr(request, name) is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from fvdm_jax import zoo
 from fvdm_jax.video import STRIDE
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -79,6 +80,17 @@ def strengths(value):
         return "is no list of strengths", ""
 
 
+def _schedule(value):
+    if not isinstance(value, str):
+        return "is no schedule", "give the name of one"
+    try:
+        if not value.endswith(".json"):
+            zoo.parsed(value)
+    except ValueError as wrong:
+        what, _, right = str(wrong).partition("; ")
+        return f"cannot be: {what}", right
+
+
 RULES: dict[str, Rule] = {
     "prompt": _text,
     "negative": _text,
@@ -87,6 +99,7 @@ RULES: dict[str, Rule] = {
     "solver": _one_of(SOLVERS),
     "process": _one_of(PROCESSES),
     "spacing": _one_of(SPACINGS),
+    "schedule": _schedule,
     "shift": between(0.01, 1000, "; 1 spaces the steps evenly"),
     "guidance": between(0, 100, "; 1 turns guidance off"),
     "fps": between(0.1, 240),

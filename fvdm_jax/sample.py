@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from fvdm_jax import latents, machine
+from fvdm_jax import latents, machine, zoo
 from fvdm_jax.explain import explain, picture
 from fvdm_jax.program import Refusal, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
@@ -22,7 +22,9 @@ def main(argv: list[str]) -> None:
     if not any(request.strength):
         print("note: every frame is kept, and nothing is left to generate")
     if request.explain:
-        print(explain(_schedule(request)))
+        rows = _schedule(request)
+        print(explain(rows))
+        print("\n{} calls of the network; at most {} frames under way at once".format(*zoo.check(rows)))
         return
     with Stages() as stages:
         if request.decode:
@@ -75,11 +77,11 @@ def generate(request: Request, stages: Stages):
             for folder, strength in request.lora
         ]
         params = sampling.placed(over, params, networks.dit)
-    noise = jax.random.normal(_key(request.seed), shape)
-    inputs = (prompts, request.guidance, (noise, task.canvas, _schedule(request)))
+    noise, rows = jax.random.normal(_key(request.seed), shape), _schedule(request)
+    inputs = (prompts, request.guidance, (noise, task.canvas, rows))
     inputs = jax.device_put(inputs, sharding.replicated(over))
     generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], _guided(request))
-    stages.expect("denoise", request.steps)
+    stages.expect("denoise", len(rows) - 1)
     with jax.set_mesh(over):
         made = sampling.programs(generation, over)
         return np.asarray(_denoised(made, stages, params, *inputs))
@@ -197,12 +199,12 @@ def _decoder(request: Request, config, params: dict, made, stages: Stages):
 
 
 def _schedule(request: Request):
-    import numpy as np
+    """The level of every frame at every step."""
+    from fvdm_jax.schedule import SPACINGS
 
-    from fvdm_jax.schedule import SPACINGS, schedule
-
-    strength = np.array(request.strength, np.float32)
-    return schedule(SPACINGS[request.spacing](request.steps, request.shift), strength)
+    return zoo.levels(
+        request.schedule, SPACINGS[request.spacing](request.steps, request.shift), request.strength
+    )
 
 
 def _read(request: Request, networks, stages: Stages):

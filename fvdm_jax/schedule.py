@@ -71,13 +71,3 @@ def schedule(sigmas: Sigmas, strength: Strength, delay: Sequence[int] | np.ndarr
         )
     step = np.arange(last + 1 + delay.max())[:, None] - np.broadcast_to(delay, (frames,))
     return jnp.asarray(strength, jnp.float32) * jnp.asarray(sigmas, jnp.float32)[np.clip(step, 0, last)]
-
-
-def diffusion_forcing(frames: int, lag: int) -> np.ndarray:
-    """Delays [f] with which each frame starts `lag` steps after the one before it (arXiv 2407.01392)."""
-    return lag * np.arange(frames)
-
-
-def autoregressive(frames: int, steps: int) -> np.ndarray:
-    """Delays [f] with which each frame starts when the one before it is done after `steps` steps."""
-    return steps * np.arange(frames)

@@ -24,13 +24,13 @@ FLOORS = {
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
-    " planning.published progress media clips decode video keeps latents rules request explain sharding"
-    " process schedule tasks levels weights optimisers models.tokenizer data.source data.folder data.records"
+    " planning.published progress media clips decode video keeps latents zoo rules request explain sharding"
+    " process schedule tasks levels weights optimisers models.tokenizer data.textures data.source judge data.folder data.records"
     " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }
 PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}
-MATHEMATICS = ("process", "schedule", "tasks", "levels", "samplers", "weights", "coverage", "training")
+MATHEMATICS = ("process", "schedule", "zoo", "tasks", "levels", "samplers", "weights", "coverage", "training")
 MODULES = {
     ".".join(path.relative_to(ROOT / "fvdm_jax").with_suffix("").parts): path
     for path in sorted((ROOT / "fvdm_jax").rglob("*.py"))
@@ -159,7 +159,7 @@ def test_the_flags_are_those_agreed():
 
     assert sorted(parser()._option_string_actions) == sorted(
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
-        " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention".split()
+        " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention --schedule".split()
     )
 
 

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fvdm_jax import zoo
 from fvdm_jax.process import Prediction, ddpm, flow, mix
 from fvdm_jax.samplers import SAMPLERS, euler, sample
-from fvdm_jax.schedule import autoregressive, diffusion_forcing, pusa, schedule
 from fvdm_jax.schedule import ddpm as respaced
+from fvdm_jax.schedule import pusa, schedule
 
 FRAMES, CORRELATION = 8, 0.9
 COVARIANCE = CORRELATION ** np.abs(np.subtract.outer(np.arange(FRAMES), np.arange(FRAMES)))
@@ -144,25 +145,23 @@ def test_the_error_of_euler_vanishes_with_the_number_of_steps():
         assert fine < coarse / 15, task
 
 
-PATHS = {
-    "synchronous": 0,
-    "pyramid": diffusion_forcing(FRAMES, 6),
-    "reversed": diffusion_forcing(FRAMES, 6)[::-1],
-    "any order": 50 * np.array([3, 6, 0, 7, 1, 4, 2, 5]),
-    "one by one": autoregressive(FRAMES, 50),
-}
+NAMED = [*sorted(zoo.ZOO.keys() - {"budget"}), "pyramid:lag=6", "ad:lag=12,block=2", "budget:last=20"]
+COARSER = {"lattice": 0.009, "budget:last=20": 0.06}
+"""Measured at most 0.0073 and 0.054. In a lattice a frame's last prediction was made before seven others
+moved; it converges like the others (0.0011 after 100 steps, 0.0002 after 200). A budget has fewer steps."""
 
 
 @pytest.mark.parametrize("process", SPACED)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_path_leads_to_the_same_law(sampler, process):
+def test_every_schedule_leads_to_the_same_law(sampler, process):
     kind, spacing = SPACED[process]
     for given in ([], [0]):
-        for path, delay in PATHS.items():
-            rows = schedule(spacing(50), strengths(given), delay)
+        for name in NAMED:
+            rows = zoo.levels(name, spacing(50), strengths(given))
             rows = rows[np.minimum(np.arange(401), len(rows) - 1)]
             made = transport(kind, exact, SAMPLERS[sampler], rows, given)
-            assert distance(made, given) < BOUNDS[process][sampler], (path, given)
+            bound = max(BOUNDS[process][sampler], COARSER.get(name, 0))
+            assert distance(made, given) < bound, (name, given)
 
 
 @pytest.mark.parametrize("process", SPACED)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fvdm_jax.process import flow
-from fvdm_jax.schedule import SPACINGS, autoregressive, ddpm, diffusion_forcing, pusa, schedule, sigmas
+from fvdm_jax.schedule import SPACINGS, ddpm, pusa, schedule, sigmas
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLES = load_file(GOLDEN / "schedulers.safetensors")
@@ -110,9 +110,3 @@ def test_strength_may_be_traced():
 def test_impossible_delays_are_refused(delay):
     with pytest.raises(ValueError, match="3 whole numbers from 0"):
         schedule(pusa(4), jnp.ones(3), delay)
-
-
-def test_delays():
-    assert diffusion_forcing(4, 3).tolist() == [0, 3, 6, 9]
-    rows = np.asarray(schedule(pusa(4), jnp.ones(3), autoregressive(3, 4)))
-    assert np.all(((rows > 0) & (rows < 1)).sum(1) <= 1), "two frames are between noise and clean at once"

@@ -1,4 +1,4 @@
-"""A world whose truth is known: clips of shapes that move, made on the fly, with captions that say what moves.
+"""A world whose truth is known: clips of moving shapes, made on the fly, with captions that say what moves.
 
 Everything about a clip follows from (seed, index). It is drawn by arithmetic alone, so that a model can be
 trained, tested and judged without any file. `fvdm_jax.judge` reads clips back.
@@ -22,14 +22,14 @@ COLOURS = {
     "yellow": (0.96, 0.85, 0.15), "orange": (0.96, 0.5, 0.1), "purple": (0.55, 0.17, 0.7),
     "white": (0.97, 0.97, 0.97), "black": (0.05, 0.05, 0.05),
 }  # fmt: skip
-SIZES = {"small": 0.13, "": 0.18, "large": 0.24}
+SIZES = {"small": 0.16, "": 0.2, "large": 0.25}
 """Radius of the shape in heights of the frame."""
 DIRECTIONS = {
     "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0),
     "up-left": (-0.7071, -0.7071), "up-right": (0.7071, -0.7071),
     "down-left": (-0.7071, 0.7071), "down-right": (0.7071, 0.7071),
 }  # fmt: skip
-SPEEDS = {"slowly": 0.3, "": 0.6, "fast": 1.0}
+SPEEDS = {"slowly": 0.25, "": 0.5, "fast": 0.8}
 """How far a shape moves in a clip, in heights of the frame."""
 BACKGROUNDS = ("plain", "shaded", "striped", "cloudy")
 TONES = {

@@ -180,7 +180,7 @@ def _leading_bits(x: np.ndarray, bits: int) -> np.ndarray:
 
 @jax.custom_jvp
 def gelu(x: Array) -> Array:
-    """GELU in its tanh form. Its gradient needs its slope alone, where the formula's own keeps five arrays."""
+    """GELU in its tanh form. For its gradient it keeps its slope alone, and not five arrays."""
     return nn.gelu(x)
 
 
