@@ -60,7 +60,7 @@ VAE_SIZES = VAEConfig(
 )
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
-DIT_SIZES = DiTConfig(192, 768, 3, 6, LATENT, LATENT, text_width=128, dtype="float32")
+DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
 FRAMES, SIDE, CLIPS = 33, 64, 10000
 DATA, ENCODED = 4, 20
 """The seed of the clips that are learned from; how many are encoded at once."""
@@ -259,10 +259,10 @@ def curriculum(step):
     return levels.mixture([ptss, *given], [0.65, 0.2, 0.15])
 
 
-def config(rule="adamw", rate=2e-3, steps=DIT_STEPS, **others) -> Training:
+def config(rule="muon", rate=2e-3, steps=DIT_STEPS, start="", **others) -> Training:
+    """`start` is the folder of a model whose transformer an earlier sitting left; else it begins anew."""
     tiny = {
-        "dit": DIT_SIZES,
-        "fresh": True,
+        **({"model": start} if start else {"dit": DIT_SIZES, "fresh": True}),
         "data": str(RUNS / "records"),
         "curriculum": curriculum,
         "optimizer": Optimiser(rule, rate, warmup=steps // 20, steps=steps, schedule="cosine", clip=1.0),

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from fvdm_jax import machine, rules
 from fvdm_jax.evaluating.cases import LEAST, TASKS
 from fvdm_jax.evaluating.vbench import Export, Pair, collected, pairs
-from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, run, whole
+from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, plain, run, whole
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import TINY, Request, defaults, validate
 
@@ -73,8 +74,8 @@ def parse(argv: list[str]) -> Asked:
     for name, most in (("clips", 10**6), ("batch", 10**4), ("samples", 1000)):
         if wrong := rules.whole_from(1, most)(vars(given)[name]):
             raise Refusal(f"--{name}", f"{vars(given)[name]} {wrong[0]}", wrong[1])
-    if given.seed >= 2**32 and not given.export:
-        raise Refusal("--seed", f"{given.seed} is not below 2^32", "give a smaller one")
+    if given.seed >= 2**31 and not given.export:
+        raise Refusal("--seed", f"{given.seed} is not below 2^31", "give a smaller one")
     _check_mode(given)
     batch = min(given.batch, given.clips)
     if given.clips % batch:
@@ -187,22 +188,14 @@ def export(asked: Asked) -> None:
     settings = asked.request.settings
     shown = {n: v for n, v in settings.items() if n not in ("prompt", "keep", "out", "strength")}
     folder = Export(asked.out, shown)
-    total = len(asked.pairs) * asked.samples
-    missing = len(folder.missing(asked.pairs, asked.samples))
+    total, missing = len(asked.pairs) * asked.samples, len(folder.missing(asked.pairs, asked.samples))
     print(f"{total} videos of {len(asked.pairs)} prompts, {missing} of them still to be made")
-    with Stages() as stages:
-        stages.expect("export", missing)
-
-        def make(pair: Pair, seed: int, path: Path) -> None:
-            with stages("export"):
-                sampled(asked.request, pair, seed, path, stages)
-                stages.step()
-
-        folder.fill(asked.pairs, asked.samples, make)
+    for name in folder.fill(asked.pairs, asked.samples, partial(sampled, asked.request)):
+        print(f"{len(folder.done)}: {plain(name)}", flush=True)
     print("wrote", folder.videos)
 
 
-def sampled(request: Request, pair: Pair, seed: int, path: Path, stages: Stages) -> None:
+def sampled(request: Request, pair: Pair, seed: int, path: Path) -> None:
     """Writes the video that `python -m fvdm_jax.sample --keep 0=IMAGE` makes, and its settings beside it."""
     from fvdm_jax import sample
 
@@ -216,7 +209,8 @@ def sampled(request: Request, pair: Pair, seed: int, path: Path, stages: Stages)
         explain=False,
     )
     one = validate(one, defaults(request.model))
-    sample.show(one, sample.generate(one, stages), stages)
+    with Stages() as stages:
+        sample.show(one, sample.generate(one, stages), stages)
 
 
 def collect(asked: Asked) -> None:

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fvdm_jax.lora import Network
 from fvdm_jax.models.dit import Prompt
-from fvdm_jax.process import Prediction, Process
+from fvdm_jax.process import Prediction, Process, expand, mix
 from fvdm_jax.samplers import Denoiser, Sampler, advance, begin
 from fvdm_jax.shapes import Latents, Levels, Schedule, TextStates
 
@@ -16,20 +17,80 @@ Apply = Callable[..., Latents]
 """A network with its parameters: (x, timestep, text) → output, and `extra` after them where it takes one."""
 
 
+class Weights(NamedTuple):
+    """How strongly a network is made to listen: numbers, which may be traced.
+
+    `text`: how far past the negative prompt, at levels from `low` to `high`; elsewhere 1, which is no
+    guidance. `history`: how far past not knowing the clean frames, of which it is told at level `shown`; 1 is
+    no guidance. `rescale`: how much of the contrast that guidance by text adds is taken back, 0 … 1.
+    Sources: Ho and Salimans 2022 (arXiv 2207.12598), in the form of Wan, where 1 is no guidance; Kynkäänniemi
+    et al. 2024 (arXiv 2404.07724) for the interval; Lin et al. 2023 (arXiv 2305.08891), eq. 15 and 16, for
+    `rescale`, here on the network's output; Song et al. 2025 (arXiv 2502.06764) for history.
+    """
+
+    text: float | jax.Array = 1.0
+    history: float | jax.Array = 1.0
+    shown: float | jax.Array = 0.0
+    low: float | jax.Array = 0.0
+    high: float | jax.Array = 1.0
+    rescale: float | jax.Array = 0.0
+
+
+Scale = float | jax.Array | Weights
+"""Weights, or the number that is their `text`."""
+
+
+class Looks(NamedTuple):
+    """What a network is asked at a step beside the clip itself: with the prompt, and of its history.
+
+    History are the frames that are clean at that step, in `windows` parts of equal length; 0 for no guidance
+    by it.
+    """
+
+    text: bool = True
+    windows: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return 1 + self.text + (self.windows + 1 if self.windows else 0)
+
+    def told(self, text: TextStates, negative: TextStates) -> TextStates:
+        """What each row is told: the prompt in the one that is there for it, or everywhere."""
+        if not self.text:
+            return jnp.concatenate([text] * self.count)
+        return jnp.concatenate([negative, text, *[negative] * (self.count - 2)])
+
+    def rows(self, process: Process, x: Latents, level: Levels, shown) -> list[tuple[Latents, Levels]]:
+        """(x, level) of each row; history that is told of is at level `shown`, what is hidden is noise."""
+        plain = [(x, level)] * (1 + self.text)
+        if not self.windows:
+            return plain
+        clean = level == 0
+        place = jnp.cumsum(clean, axis=1) - 1
+        part = place * self.windows // jnp.maximum(clean.sum(1, keepdims=True), 1)
+        noise = jnp.broadcast_to(jax.random.normal(jax.random.key(0), x.shape[1:]), x.shape)
+
+        def hidden(told: Array) -> tuple[Latents, Levels]:
+            at = jnp.where(clean, jnp.where(told, shown, 1.0), level)
+            return jnp.where(expand(clean, x), mix(process, x, noise, at), x), at
+
+        return [*plain, hidden(jnp.zeros_like(clean)), *(hidden(part == i) for i in range(self.windows))]
+
+
 def guided(
     process: Process,
     apply: Apply,
     text: TextStates,
     negative: TextStates | None = None,
-    scale: float | jax.Array = 1.0,
+    scale: Scale = 1.0,
     extra=None,
 ) -> Denoiser:
     """A denoiser that says what the network says of `text`, taken `scale` times as far from `negative`.
 
     output = negative + scale·(text − negative), both asked in one batch; without `negative` only `text` is
     asked and `scale` is not used. `text`, `negative` [b l e] and `scale` may be traced; `extra`, whatever the
-    network takes beside text, is the same for both. Source: Ho and Salimans 2022 (arXiv 2207.12598), in the
-    form of Wan, where scale 1 is no guidance.
+    network takes beside text, is the same for both.
     """
     others = () if extra is None else (extra,)
     if negative is None:
@@ -39,23 +100,50 @@ def guided(
 
 
 def steered(
-    process: Process, ask: Callable[..., Latents], scale: float | jax.Array | None = None
+    process: Process, ask: Callable[..., Latents], scale: Scale | None = None, looks: Looks | None = None
 ) -> Denoiser:
-    """A denoiser that says what `ask(x, timestep)` says; with a `scale` it is asked of x twice in one batch,
-    and what it says of the second is taken `scale` times as far from what it says of the first."""
+    """A denoiser that says what `ask(x, timestep)` says of a batch of rows, put together by `scale`.
+
+    The rows are those of `looks`, each as many clips as x has: x itself, a second time with guidance by text,
+    and for guidance by history x with all clean frames hidden in noise, and with each window of them shown.
+    """
+    looks = looks or Looks(scale is not None)
+    weights = scale if isinstance(scale, Weights) else Weights(1.0 if scale is None else scale)
 
     def denoise(x: Latents, level: Levels) -> Prediction:
-        timestep = process.timestep(level)
-        if scale is None:
-            return process.read(x, ask(x, timestep), level)
-        without, said = jnp.split(ask(*_twice((x, timestep))), 2)
-        return process.read(x, without + scale * (said - without), level)
+        seen = looks.rows(process, x, level, weights.shown)
+        xs, levels = (jnp.concatenate(part) for part in zip(*seen, strict=True))
+        said = jnp.split(ask(xs, process.timestep(levels)), len(seen))
+        output = said[0]
+        if looks.text:
+            inside = (level >= weights.low) & (level <= weights.high)
+            output = said[0] + expand(jnp.where(inside, weights.text, 1.0), x) * (said[1] - said[0])
+            output = output * _contrast(said[1], output, level, weights.rescale)
+        if looks.windows:
+            nothing, *windows = said[1 + looks.text :]
+            more = sum(window - nothing for window in windows) / looks.windows
+            output = output + (weights.history - 1) * more
+        return process.read(x, output, level)
 
     return denoise
 
 
+def _contrast(like: Latents, output: Latents, level: Levels, rescale) -> Float[Array, "b 1 1 1 1"]:
+    """What to multiply `output` by, so that it spreads more as `like` does over frames that are not clean."""
+    moving = expand(level > 0, output)
+
+    def spread(y: Latents) -> Array:
+        return jnp.std(y, axis=(1, 2, 3, 4), where=jnp.broadcast_to(moving, y.shape), keepdims=True)
+
+    wide, wanted = spread(output), spread(like)
+    ratio = jnp.where(wide > 0, wanted / jnp.where(wide > 0, wide, 1.0), 1.0)
+    # Where every frame is clean there is nothing to spread.
+    ratio = jnp.where(jnp.isfinite(ratio), ratio, 1.0)
+    return rescale * ratio + (1 - rescale)
+
+
 class Generation(NamedTuple):
-    """How a network generates clips, but for what may be traced: process, solver, and whether it is guided.
+    """How a network generates clips, but for what may be traced: process, solver, and what it is asked.
 
     Parameters are as the network takes them.
     """
@@ -63,27 +151,27 @@ class Generation(NamedTuple):
     network: Network
     process: Process
     sampler: Sampler
-    guided: bool = True
+    looks: Looks = Looks()
 
     def told(self, params: dict, prompts: tuple[TextStates, TextStates]) -> Prompt:
         """What every step needs of (text, negative), each [b l e]."""
-        text, negative = prompts
-        return self.network.told(params, jnp.concatenate([negative, text]) if self.guided else text)
+        return self.network.told(params, self.looks.told(*prompts))
 
     def begin(self, noise: Latents, canvas: Latents, schedule: Schedule) -> tuple:
         """As `samplers.begin`."""
         return begin(self.process, self.sampler, noise, canvas, schedule)
 
-    def advance(self, params: dict, prompt: Prompt, scale, carry: tuple, schedule: Schedule) -> tuple:
+    def advance(self, params: dict, prompt: Prompt, scale: Scale, carry: tuple, schedule: Schedule) -> tuple:
         """As `samplers.advance`, by the network that is told the prompt."""
 
         def ask(x: Latents, timestep: Levels) -> Latents:
             return self.network.velocity(params, x, timestep, prompt)
 
-        denoise = steered(self.process, ask, scale if self.guided else None)
-        return advance(self.process, denoise, self.sampler, carry, schedule)
+        return advance(
+            self.process, steered(self.process, ask, scale, self.looks), self.sampler, carry, schedule
+        )
 
-    def sample(self, params: dict, prompts: tuple, scale, noise, canvas, schedule) -> Latents:
+    def sample(self, params: dict, prompts: tuple, scale: Scale, noise, canvas, schedule) -> Latents:
         """The clip [b f h w c]: all of it in one function, to be jitted."""
         carry = self.begin(noise, canvas, schedule)
         return self.advance(params, self.told(params, prompts), scale, carry, schedule)[0]

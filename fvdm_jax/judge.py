@@ -10,7 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax.data.source import COLOURS, DIRECTIONS, SHAPES, SIZES, TONES, Scene, distance, table, velocity
+from fvdm_jax.data.source import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    TONES,
+    Scene,
+    distance,
+    table,
+    velocity,
+)
 
 LENGTH = 33
 NOTHING = "nothing"
@@ -22,8 +33,8 @@ STRAY, WORST = 0.015, 0.04
 """Greatest distance of a shape from its path, over the clip (RMS) and in any frame."""
 JUMP = 2.5
 """Greatest change between two frames, of the median change."""
-STILL = 0.12
-"""Least way of a shape that moves; the slowest of the world go 0.3."""
+STILL = 0.5 * min(SPEEDS.values())
+"""Least speed of a shape that moves."""
 RADII = np.arange(0.1, 0.29, 0.01, np.float32)
 PHASES = 4
 """Templates are drawn at this many places between two pixels, along each axis."""

@@ -20,6 +20,8 @@ WEIGHTS = ("dit", "vae", "text")
 SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
 """The settings that a model has of its own."""
 
+HISTORY = ("history", "history_level", "history_windows")
+
 PATCH = 2
 """Latent pixels to a side of a token of the transformer."""
 
@@ -75,6 +77,11 @@ class Request:
     mesh: str = ""
     attention: str = "auto"
     schedule: str = "together"
+    interval: tuple[float, float] = (0.0, 1.0)
+    rescale: float = 0.0
+    history: float = 1.0
+    history_level: float = 0.0
+    history_windows: int = 1
     lora: tuple[tuple[str, float], ...] = ()
     keeps: tuple[Keep, ...] = ()
 
@@ -130,8 +137,8 @@ def _stored(given: dict) -> Request:
         right = f"with it go {', '.join(f'--{name}' for name in FOR_DECODE[1:])}"
         raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
     saved = latents.probe(given["decode"])
-    # Latents of before there were schedules do not name theirs.
-    told = {"schedule": "together"}
+    # Latents of before a setting was there do not name it.
+    told = {field.name: field.default for field in dataclasses.fields(Request)}
     told |= {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
     chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
     model = defaults(chosen.get("model") or Path(str(told.get("model"))))
@@ -148,7 +155,9 @@ def _stored(given: dict) -> Request:
         what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
         raise Refusal(given["decode"], what, "give the model that made them with --model")
     keeps = (Keep(i, 1, Path(), "image", s) for i, s in enumerate(told["strength"]) if s < 1)
-    values = {name: told[name] for name in (*RULES, "size", "keep")} | {"lora": told.get("lora", ())}
+    values = {name: told[name] for name in (*RULES, "size", "keep")} | {
+        k: told[k] for k in ("lora", "interval")
+    }
     request = Request(**values | {"model": model.config.parent, "keeps": tuple(keeps)} | chosen)
     _check_outputs(request)
     return request
@@ -184,6 +193,23 @@ def parser() -> Parser:
     )
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
     add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
+    add(
+        "--interval",
+        type=_interval,
+        default=(0.0, 1.0),
+        metavar="LOW-HIGH",
+        help="noise levels at which the prompt's guidance is in force; default 0-1",
+    )
+    add("--rescale", type=number, default=0.0, metavar="X", help="0 to 1: take back contrast of guidance")
+    add(
+        "--history",
+        type=number,
+        default=1.0,
+        metavar="X",
+        help="weight of the frames that are clean; 1, the default, turns that guidance off",
+    )
+    add("--history-level", type=number, default=0.0, metavar="X", help="noise level at which it sees them")
+    add("--history-windows", type=whole, default=1, metavar="N", help="parts of them that it sees by turns")
     add("--seed", type=whole, default=0, metavar="N", help="0 to 2^64 - 1; default 0")
     add("--fps", type=number, metavar="X", help="frames a second in the file")
     add("--model", type=Path, metavar="DIR", help="folder of a model; default the bundled one")
@@ -238,6 +264,14 @@ def _size(text: str) -> tuple[int, int]:
             f"{plain(text)!r} is not HxW; give height and width, such as 480x832"
         )
     return int(match[1]), int(match[2])
+
+
+def _interval(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(0|1|0?\.\d+|[01]\.\d*)-(0|1|0?\.\d+|[01]\.\d*)", text.strip())
+    low, high = map(float, match.groups()) if match else (1.0, 0.0)
+    if not low < high <= 1:
+        raise argparse.ArgumentTypeError(f"{plain(text)!r} is not LOW-HIGH; give two levels, such as 0.2-0.9")
+    return low, high
 
 
 def _tiles(text: str) -> tuple[int, int]:
@@ -324,7 +358,8 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     if strange := sorted(set(model.sampling) - set(SAMPLING)):
         right = f"it may hold {', '.join(SAMPLING)}"
         raise Refusal(model.config, f"'sampling' holds {plain(strange[0])}", right)
-    values, where = {}, {"seed": "--seed", "schedule": "--schedule"}
+    values, where = {}, {"seed": "--seed", "schedule": "--schedule", "rescale": "--rescale"}
+    where |= {name: f"--{name.replace('_', '-')}" for name in HISTORY}
     for name in SAMPLING:
         where[name] = f"--{name}"
         if getattr(request, name) is None:

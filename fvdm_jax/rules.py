@@ -102,6 +102,10 @@ RULES: dict[str, Rule] = {
     "schedule": _schedule,
     "shift": between(0.01, 1000, "; 1 spaces the steps evenly"),
     "guidance": between(0, 100, "; 1 turns guidance off"),
+    "rescale": between(0, 1),
+    "history": between(0, 100, "; 1 turns it off"),
+    "history_level": between(0, 1),
+    "history_windows": whole_from(1, 64),
     "fps": between(0.1, 240),
     "seed": whole_from(0, 2**64 - 1),
 }

@@ -51,7 +51,7 @@ def generate(request: Request, stages: Stages):
         import numpy as np
 
         from fvdm_jax import checkpoint, lora, sampling, sharding, tasks
-        from fvdm_jax.guidance import Generation
+        from fvdm_jax.guidance import Generation, Looks, Weights
         from fvdm_jax.kernels.parallel import Attending
         from fvdm_jax.process import PROCESSES
         from fvdm_jax.samplers import SAMPLERS
@@ -62,7 +62,8 @@ def generate(request: Request, stages: Stages):
         height, width = (side // networks.vae.spatial for side in request.size)
         shape = (1, request.latent_frames, height, width, networks.vae.latent)
         network = lora.Network(networks.dit, attending=Attending(request.attention))
-        over, attention = sampling.mesh(request.mesh, network, shape[1:4], _guided(request))
+        looks = Looks(_guided(request), request.history_windows if request.history != 1 else 0)
+        over, attention = sampling.mesh(request.mesh, network, shape[1:4], looks.count)
     sizes = ", ".join(f"{name} {size}" for name, size in over.shape.items() if size > 1)
     stages.say(f"attention by {attention}" + (f"; devices: {sizes}" if sizes else ""))
     prompts = _read(request, networks, stages)
@@ -78,9 +79,12 @@ def generate(request: Request, stages: Stages):
         ]
         params = sampling.placed(over, params, networks.dit)
     noise, rows = jax.random.normal(_key(request.seed), shape), _schedule(request)
-    inputs = (prompts, request.guidance, (noise, task.canvas, rows))
+    weights = Weights(
+        request.guidance, request.history, request.history_level, *request.interval, request.rescale
+    )
+    inputs = (prompts, weights, (noise, task.canvas, rows))
     inputs = jax.device_put(inputs, sharding.replicated(over))
-    generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], _guided(request))
+    generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], looks)
     stages.expect("denoise", len(rows) - 1)
     with jax.set_mesh(over):
         made = sampling.programs(generation, over)

@@ -15,16 +15,16 @@ from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal
 
 
-def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], guided: bool) -> tuple[Mesh, str]:
-    """All devices, as `text` says or as is best for a clip of (f, h, w), and how attention is computed.
+def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], rows: int) -> tuple[Mesh, str]:
+    """All devices, as `text` says or as is best for `rows` of a clip of (f, h, w), and how attention is computed.
 
     Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
     """
-    devices, clips = jax.device_count(), 1 + guided
-    work = layouts.work(network.config, clip, clips)
+    devices = jax.device_count()
+    work = layouts.work(network.config, clip, rows)
     try:
         sizes = sharding.sizes(
-            text or layouts.recommended("sample", network.config, clip, devices, clips), devices
+            text or layouts.recommended("sample", network.config, clip, devices, rows), devices
         )
         # What no layout can share, every device does for itself; but nobody is to ask for that.
         if text and (wrong := layouts.problem(sizes, work)):

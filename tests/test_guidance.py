@@ -1,9 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from fvdm_jax.guidance import guided
+from fvdm_jax.guidance import Looks, Weights, guided, steered
 from fvdm_jax.process import ddpm, flow
+from fvdm_jax.samplers import euler, sample
+from fvdm_jax.schedule import pusa, schedule
 
 X, TEXT, NEGATIVE = (
     jax.random.normal(jax.random.key(i), shape)
@@ -50,3 +53,112 @@ def test_the_scale_may_be_traced():
     run = jax.jit(lambda scale: guided(flow, apply, TEXT, NEGATIVE, scale)(X, LEVEL).clean)
     expected = guided(flow, apply, TEXT, NEGATIVE, 5.0)(X, LEVEL).clean
     np.testing.assert_allclose(run(5.0), expected, rtol=0, atol=1e-5)
+
+
+def test_outside_of_its_interval_there_is_no_guidance():
+    weights = Weights(3.0, low=0.4, high=0.95)
+    made, full, none = (
+        guided(flow, apply, TEXT, NEGATIVE, scale)(X, LEVEL).clean for scale in (weights, 3.0, 1.0)
+    )
+    inside = (np.asarray(LEVEL) >= 0.4) & (np.asarray(LEVEL) <= 0.95)
+    assert 0 < inside.sum() < inside.size
+    assert np.array_equal(made[inside], full[inside]) and np.array_equal(made[~inside], none[~inside])
+
+
+def test_rescaling_gives_the_output_the_spread_of_the_prompts():
+    def output(x, timestep, text):
+        return x * text.mean((1, 2))[:, None, None, None, None]
+
+    level = jnp.full((2, 3), 0.5)
+    said, plain, half, whole = (
+        np.asarray(guided(flow, output, TEXT, NEGATIVE, scale)(X, level).clean - X)
+        for scale in (1.0, 4.0, Weights(4.0, rescale=0.5), Weights(4.0, rescale=1.0))
+    )
+    spread = said.std((1, 2, 3, 4))
+    np.testing.assert_allclose(whole.std((1, 2, 3, 4)), spread, rtol=1e-4)
+    np.testing.assert_allclose(half, (plain + whole) / 2, rtol=0, atol=1e-4)
+    # Where nothing moves nothing is divided by 0.
+    still = guided(flow, output, TEXT, NEGATIVE, Weights(4.0, rescale=1.0))(X, 0 * level)
+    assert np.all(np.isfinite(still.clean))
+
+
+CORRELATION = 0.8
+
+
+def known(x, timestep):
+    """The exact velocity for two frames of one number each: unit Gaussians that correlate."""
+    level = timestep / 1000
+    alpha = 1 - level
+    truth = jnp.array([[1, CORRELATION], [CORRELATION, 1]])
+    noisy = alpha[:, :, None] * truth * alpha[:, None] + jax.vmap(jnp.diag)(level**2)
+    rest = jnp.linalg.solve(noisy, x[..., 0, 0])
+    clean = jnp.einsum("nm,bm,bmc->bnc", truth, alpha, rest)
+    return (level[..., None] * rest - clean)[..., None, None]
+
+
+def led(weight: float, windows: int = 1, steps: int = 400, shown: float = 0.0) -> tuple[float, float]:
+    """Of the second frame, the first being given: how much of it and of its own noise is in what is made."""
+    units = jnp.eye(2)[:, :, None, None, None]
+    canvas, noise = units[:1] * jnp.array([[1.0], [0.0]])[..., None, None, None], units[1:]
+    canvas, noise = jnp.concatenate([canvas[:1], 0 * canvas[:1]]), jnp.concatenate([0 * noise, noise])
+    denoise = steered(flow, known, Weights(history=weight, shown=shown), Looks(False, windows))
+    rows = schedule(pusa(steps, 1.0), jnp.array([0.0, 1.0]))
+    made = jax.jit(lambda: sample(flow, denoise, euler, noise, canvas, rows))()
+    return float(made[0, 1, 0, 0, 0]), float(made[1, 1, 0, 0, 0])
+
+
+def theory(weight: float, steps: int = 20_000) -> tuple[float, float]:
+    """The same by integrating v = v₀ + w·(v₁ − v₀) for one number, v₀ of a unit Gaussian, v₁ given the other.
+
+    E[clean | x] is (1−l)·x / ((1−l)² + l²) for the first and the like about ρ·h for the second; velocities are
+    (x − E)/l. Source: arXiv 2502.06764, eq. 7, whose scores are linear here.
+    """
+    remaining = 1 - CORRELATION**2
+    found = []
+    for h, x in ((1.0, 0.0), (0.0, 1.0)):
+        for k in range(steps):
+            level = 1 - k / steps
+            a = 1 - level
+            free = a * x / (a * a + level * level)
+            mean = CORRELATION * h
+            given = mean + a * remaining * (x - a * mean) / (a * a * remaining + level * level)
+            velocity = (x - (free + weight * (given - free))) / level
+            x -= velocity / steps
+        found.append(x)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0, 4.0])
+def test_history_guidance_leads_as_the_theory_says(weight):
+    np.testing.assert_allclose(led(weight), theory(weight), atol=6e-3)
+
+
+def test_history_guidance_sharpens():
+    pulls, spreads = zip(*(led(weight, steps=50) for weight in (1.0, 2.0, 4.0)), strict=True)
+    assert pulls[0] < pulls[1] < pulls[2] and spreads[0] > spreads[1] > spreads[2] > 0
+
+
+def test_history_guidance_at_weight_1_changes_nothing():
+    def ask(x, timestep):
+        return x + jnp.cumsum(x, axis=1) * timestep[:, :, None, None, None] / 1000
+
+    plain = steered(flow, ask)(X, LEVEL)
+    for windows in (1, 2):
+        same = steered(flow, ask, Weights(history=1.0, shown=0.3), Looks(False, windows))(X, LEVEL)
+        assert all(map(np.array_equal, same, plain))
+
+
+def test_windows_of_history_are_shown_by_turns_and_the_rest_is_noise():
+    level = jnp.array([[0.0, 0.0, 0.7, 0.0, 0.0, 0.7]])
+    x = jnp.ones((1, 6, 1, 1, 1))
+    rows = Looks(True, 2).rows(flow, x, level, 0.2)
+    assert Looks(True, 2).count == len(rows) == 5
+    levels = np.concatenate([row for _, row in rows])
+    np.testing.assert_allclose(levels[0], level[0])
+    np.testing.assert_allclose(levels[2], [1, 1, 0.7, 1, 1, 0.7])
+    np.testing.assert_allclose(levels[3], [0.2, 0.2, 0.7, 1, 1, 0.7])
+    np.testing.assert_allclose(levels[4], [1, 1, 0.7, 0.2, 0.2, 0.7])
+    hidden = np.asarray(rows[2][0])[0, :, 0, 0, 0]
+    assert np.all(hidden[[0, 1, 3, 4]] != 1) and np.all(hidden[[2, 5]] == 1)
+    told = Looks(True, 2).told(TEXT, NEGATIVE)
+    assert [bool(np.array_equal(row, TEXT)) for row in np.split(np.asarray(told), 5)] == [0, 1, 0, 0, 0]

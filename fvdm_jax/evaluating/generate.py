@@ -15,8 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks
 from fvdm_jax.data import source
 from fvdm_jax.evaluating.cases import Case
-from fvdm_jax.guidance import Generation
+from fvdm_jax.guidance import Generation, Looks
+from fvdm_jax.models.streaming import Stream
 from fvdm_jax.process import PROCESSES
+from fvdm_jax.programs import compiled
 from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import Reader
 from fvdm_jax.request import Request
@@ -63,11 +65,22 @@ class Studio:
         self._reader = Reader(request.model, self.networks, stages)
         self._guided = request.guidance != 1
         network, process = lora.Network(self.networks.dit), PROCESSES[request.process]
-        self._sample = jax.jit(Generation(network, process, SAMPLERS[request.solver], self._guided).sample)
+        self._sample = jax.jit(
+            Generation(network, process, SAMPLERS[request.solver], Looks(self._guided)).sample
+        )
         self._draw = jax.jit(source.moving_shapes, static_argnums=(1, 2, 3))
-        self._encode, self._decode = jax.jit(self.networks.encode), jax.jit(self.networks.decode)
+        _, h, w, c = self._shape
+        vae, (height, width) = self._params["vae"], request.size
+        # Piece by piece, so that one program serves clips of every length.
+        self._encode = self._stream("encode", vae, (batch, 1, height, width, 3))
+        self._decode = self._stream("decode", vae, (batch, 1, h, w, c))
         self._errors = jax.jit(partial(held_out.errors, partial(_velocity, network), _objective(process)))
         self._nothing = self._reader.states("")
+
+    def _stream(self, method: str, params: dict, first: tuple[int, ...]) -> Stream:
+        with self._stages("compile"):
+            piece = self._spread(jnp.zeros(first))
+            return Stream(self.networks.vae, method, params, piece, partial(compiled, self._stages.say))
 
     @property
     def window(self) -> int:
@@ -85,12 +98,13 @@ class Studio:
     def encoded(self, pixels: np.ndarray) -> jax.Array:
         """Latents [b f h w c] of pixels [b t H W 3]."""
         with self._stages("encode"), jax.set_mesh(self._over):
-            return jax.block_until_ready(self._encode(self._params, self._spread(pixels)))
+            return jax.block_until_ready(jnp.concatenate(list(self._encode(pixels)), axis=1))
 
     def decoded(self, latents: jax.Array) -> np.ndarray:
         """Pixels [b t H W 3], −1 … 1, of latents [b f h w c]."""
         with self._stages("decode"), jax.set_mesh(self._over):
-            return np.clip(np.asarray(self._decode(self._params, latents)), -1, 1)
+            pieces = [np.asarray(piece) for piece in self._decode(latents)]
+            return np.clip(np.concatenate(pieces, axis=1), -1, 1)
 
     def states(self, captions: list[str]) -> np.ndarray:
         """What the network is told of captions, [b l e]."""

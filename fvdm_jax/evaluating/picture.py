@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from fvdm_jax.evaluating.scores import FLAWS
 from fvdm_jax.video import BRIGHT, DIM, GAP, GROUND, KEPT, STRIDE, to_pixels
 
 SHOWN, WIDEST = 6, 1960
@@ -25,10 +26,13 @@ class Example(NamedTuple):
 
 def said(scores: dict) -> str:
     """What the judge says of a clip, in words."""
-    right = [name.replace("_", " ") for name, value in scores.items() if value is True and name != "all"]
-    wrong = [name.replace("_", " ") for name, value in scores.items() if value is False and name != "all"]
-    parts = (("yes: ", right), ("no: ", wrong))
-    return "; ".join(head + ", ".join(names) for head, names in parts if names)
+    told = {name: value for name, value in scores.items() if isinstance(value, bool) and name != "all"}
+    parts = {
+        "yes": [name for name, value in told.items() if value and name not in FLAWS],
+        "no": [name for name, value in told.items() if not value and name not in FLAWS],
+        "flaws": [name for name in FLAWS if told.get(name)],
+    }
+    return "; ".join(f"{head}: {', '.join(names)}" for head, names in parts.items() if names)
 
 
 def sheet(examples: dict[str, Sequence[Example]]) -> Image.Image:

@@ -13,13 +13,16 @@ from fvdm_jax.evaluating.cases import Case
 from fvdm_jax.video import STRIDE
 
 FEATURES = (
-    "36 numbers a clip, over the spread of the reference set: the mean colour of each quarter of the frame (12),"
-    " how much the light of each sixteenth changes in time (16), and of the judge's reading the start and the"
-    " velocity of the shape, its mean area, speed, distance from a straight way, and the mean change of a frame"
-    " (8). Nothing is learned; distances are only comparable with these features and equal numbers of clips."
+    "36 numbers a clip, over the spread of the reference set: the mean colour of each quarter of the frame"
+    " (12), how much the light of each sixteenth changes in time (16), and of the judge's reading the start"
+    " and the velocity of the shape, its mean area, speed, distance from a straight way, and the mean change"
+    " of a frame (8). Nothing is learned; distances are only comparable with these features and equal numbers"
+    " of clips."
 )
 
 Score = bool | float
+FLAWS = ("frozen", "drift_shape", "drift_colour")
+"""Scores that had better be false."""
 LIKENESS = ("psnr", "ssim", "psnr_true", "ssim_true")
 
 

@@ -91,7 +91,7 @@ def _listed(path: Path, images: Path) -> Iterator[Pair]:
         else:
             told = [tuple(row) for row in csv.reader(text.splitlines(), delimiter="\t") if row]
         for image, prompt in told:
-            yield Pair(images / image, prompt)
+            yield Pair(images / image, str(prompt))
     except OSError as failure:
         raise Refusal(path, f"cannot be read: {failure.strerror}", right) from failure
     except (ValueError, TypeError, KeyError) as wrong:
@@ -99,7 +99,8 @@ def _listed(path: Path, images: Path) -> Iterator[Pair]:
 
 
 def _of(row: dict, names: Sequence[str]) -> str:
-    return next(row[name] for name in names if name in row) if set(names) & row.keys() else row[names[0]]
+    # Where it has none of them, the first is the one that is missed.
+    return row[next((name for name in names if name in row), names[0])]
 
 
 class Export:
@@ -112,8 +113,11 @@ class Export:
         """Goes on with what is in the folder. Raises Refusal where that was made with other settings."""
         self.videos, self.samples = folder / "videos", folder / "samples"
         self._path, self._settings = folder / "manifest.json", json.loads(json.dumps(settings, default=str))
-        for each in (self.videos, self.samples):
-            each.mkdir(parents=True, exist_ok=True)
+        try:
+            for each in (self.videos, self.samples):
+                each.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise Refusal(folder, f"cannot be filled: {failure.strerror}", "give another folder") from failure
         stored = _read(self._path) if self._path.is_file() else {"settings": self._settings, "videos": {}}
         for name, value in self._settings.items():
             if stored["settings"].get(name) != value:
@@ -135,10 +139,12 @@ class Export:
         names = [(pair, pair.name(index)) for pair in several for index in range(samples)]
         return [(pair, name) for pair, name in names if name not in self.done]
 
-    def fill(self, several: Sequence[Pair], samples: int, make: Callable[[Pair, int, Path], None]) -> int:
-        """Makes the videos that are missing by `make(pair, seed, path)`; gives their number."""
-        missing = self.missing(several, samples)
-        for pair, name in missing:
+    def fill(
+        self, several: Sequence[Pair], samples: int, make: Callable[[Pair, int, Path], None]
+    ) -> Iterator[str]:
+        """Makes the videos that are missing by `make(pair, seed, path)`; gives the name of each when it is
+        whole and in the manifest."""
+        for pair, name in self.missing(several, samples):
             seed = self.seed(name)
             # Names of prompts may leave no room for endings, so samples have short ones.
             draft = self.samples / f"{seed:016x}.mp4"
@@ -146,7 +152,7 @@ class Export:
             size = draft.stat().st_size
             os.replace(draft, self.videos / name)
             self._add(name, {"seed": seed, "bytes": size, "image": str(pair.image), "sample": draft.stem})
-        return len(missing)
+            yield name
 
     def _add(self, name: str, told: dict) -> None:
         self.done[name] = told

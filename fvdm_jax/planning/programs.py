@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fvdm_jax import checkpoint, costs, layouts, sampling, sharding, trainer
 from fvdm_jax.chips import Slice
 from fvdm_jax.config import Training
-from fvdm_jax.guidance import Generation
+from fvdm_jax.guidance import Generation, Looks
 from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.lora import Network
 from fvdm_jax.models import streaming, vae
@@ -131,7 +131,9 @@ def compiled(case: Case, sizes: dict[str, int], devices: list) -> Iterator[tuple
             yield aot.read(lowered.compile()), 1
         else:
             sampled = network(case)._replace(remat="none")
-            generation = Generation(sampled, PROCESSES[settings.process], SAMPLERS["unipc"], case.guided)
+            generation = Generation(
+                sampled, PROCESSES[settings.process], SAMPLERS["unipc"], Looks(case.guided)
+            )
             over = sharding.mesh(**sizes, devices=devices)
             told, advance = sampling.lower(generation, over, case.clip, settings.text)
             yield aot.read(told.compile()), 1
