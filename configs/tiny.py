@@ -61,7 +61,7 @@ VAE_SIZES = VAEConfig(
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
 DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
-FRAMES, SIDE, CLIPS = 33, 64, 10000
+FRAMES, SIDE, CLIPS = 33, 64, 6000
 DATA, ENCODED = 4, 20
 """The seed of the clips that are learned from; how many are encoded at once."""
 

@@ -25,7 +25,7 @@ FLOORS = {
     " models.causal",
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
     " planning.published progress media clips decode video keeps latents zoo rules request explain sharding"
-    " process schedule tasks levels weights optimisers models.tokenizer data.textures data.source judge data.folder data.records"
+    " process schedule tasks levels weights optimisers models.tokenizer data.textures data.source sight judge data.folder data.records"
     " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }

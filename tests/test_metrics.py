@@ -42,10 +42,13 @@ def test_ssim_is_the_formula_at_one_window():
 
 
 def test_colours_in_cielab_are_the_published_ones():
-    """Red, green and blue of sRGB as Lindbloom's calculator has them, to two digits; greys have no colour."""
+    """Red, green and blue of sRGB as Lindbloom's calculator has them; greys have no colour.
+
+    Its matrix has seven digits, and that of the standard four.
+    """
     found = metrics.lab(np.eye(3))
     right = [[53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86]]
-    np.testing.assert_allclose(found, right, atol=0.02)
+    np.testing.assert_allclose(found, right, atol=0.03)
     np.testing.assert_allclose(metrics.lab(np.array([1.0, 1, 1])), [100, 0, 0], atol=1e-9)
     assert metrics.delta_e(np.eye(3)[0], np.eye(3)[1]) == pytest.approx(170.57, abs=0.05)
 

@@ -22,7 +22,7 @@ COLOURS = {
     "yellow": (0.96, 0.85, 0.15), "orange": (0.96, 0.5, 0.1), "purple": (0.55, 0.17, 0.7),
     "white": (0.97, 0.97, 0.97), "black": (0.05, 0.05, 0.05),
 }  # fmt: skip
-SIZES = {"small": 0.16, "": 0.2, "large": 0.25}
+SIZES = {"small": 0.19, "large": 0.26}
 """Radius of the shape in heights of the frame."""
 DIRECTIONS = {
     "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0),
@@ -36,6 +36,8 @@ TONES = {
     "gray": (0.5, 0.5, 0.5), "brown": (0.42, 0.28, 0.17), "navy": (0.1, 0.14, 0.34),
     "teal": (0.12, 0.45, 0.47), "pink": (0.93, 0.68, 0.73), "cream": (0.92, 0.87, 0.72),
 }  # fmt: skip
+AHEAD = 0.12
+"""How far a shape moves at least before it meets the edge, in heights of the frame."""
 CONTRAST = 0.42
 """Least distance in RGB, 0 … 1, between what is to be told apart in one clip."""
 
@@ -78,11 +80,13 @@ def _scene(seed: int, index: int, pairs: float) -> Scene:
         between = np.linalg.norm(colours[colour[0]] - colours[colour[1]])
         if min(*apart, between) > CONTRAST:
             break
-    # Against the direction of motion, so that bouncing is an event and not the rule.
-    start = rng.uniform(0.2, 0.8, (2, 2)) - table(DIRECTIONS)[direction] * rng.uniform(0, 0.4, (2, 1))
-    margin = table(SIZES)[size][:, None]
+    # Against the direction of motion, so that bouncing is an event and not the rule, and never at once.
+    heading, margin = table(DIRECTIONS)[direction], table(SIZES)[size][:, None]
+    start = rng.uniform(0.2, 0.8, (2, 2)) - heading * rng.uniform(0, 0.4, (2, 1))
+    room = AHEAD * np.maximum(heading, 0), AHEAD * np.maximum(-heading, 0)
+    start = np.clip(start, margin + room[1], 1 - margin - room[0])
     rest = rng.random() < pairs, rng.integers(len(BACKGROUNDS)), tone, rng.integers(2**31)
-    return Scene(shape, colour, size, direction, speed, np.clip(start, margin, 1 - margin), *rest)
+    return Scene(shape, colour, size, direction, speed, start, *rest)
 
 
 def caption(scene: Scene, i: int, full: bool = True) -> str:

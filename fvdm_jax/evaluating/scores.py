@@ -108,11 +108,12 @@ def drift(clip: Clip, case: Case) -> dict[str, Score]:
     start = len(clip.pixels) - window
     first, last = judge.read(clip.pixels[:window]), judge.read(clip.pixels[start:], start)
     tones = [np.median((p + 1) / 2, (0, 1, 2)) for p in (clip.pixels[:window], clip.pixels[start:])]
+    # Over what was there first, but not over nothing: a tenth of the slowest speed and of the smallest area.
     change = {
-        "drift_area": (last.areas.mean(), first.areas.mean()),
-        "drift_speed": (last.speed, first.speed),
+        "drift_area": (last.areas.mean(), max(first.areas.mean(), 0.005)),
+        "drift_speed": (last.speed, max(first.speed, 0.03)),
     }
-    return {name: float(100 * abs(a / max(b, 1e-3) - 1)) for name, (a, b) in change.items()} | {
+    return {name: float(100 * abs(a / b - 1)) for name, (a, b) in change.items()} | {
         "drift_delta_e": float(metrics.delta_e(*tones)),
         "drift_shape": first.shape != last.shape,
         "drift_colour": first.colour != last.colour,

@@ -26,13 +26,13 @@ def show(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def cell(score: dict | None) -> str:
-    """A score, as `scores.summary` has it: a rate in per cent, of numbers the mean."""
+def cell(score: dict | None, which: str = "mean") -> str:
+    """A score, as `scores.summary` has it: a rate in per cent, of numbers the mean or the median."""
     if score is None:
         return ""
     if "rate" in score:
         return f"{100 * score['rate']:.0f}%"
-    return "exact" if score["mean"] is None else f"{score['mean']:.2f}"
+    return "exact" if score[which] is None else f"{score[which]:.2f}"
 
 
 def report(record: dict) -> None:
@@ -50,7 +50,7 @@ def report(record: dict) -> None:
     print(f"Fréchet distances are of {clips} clips to {clips} others; between true ones: {floors}")
     for name, task in tasks.items():
         if task["windows"] > 1:
-            found = (f"{d.removeprefix('drift_')} {cell(task['scores'][d])}" for d in DRIFT)
-            print(f"{name}, first to last of {task['windows']} windows: {', '.join(found)}")
+            found = (f"{d.removeprefix('drift_')} {cell(task['scores'][d], 'median')}" for d in DRIFT)
+            print(f"{name}, first to last of {task['windows']} windows, medians: {', '.join(found)}")
     if record["losses"]:
         print("held-out loss: " + ", ".join(f"{name} {loss:.4f}" for name, loss in record["losses"].items()))
