@@ -20,6 +20,7 @@ from fvdm_jax.data.source import (
     table,
     velocity,
 )
+from fvdm_jax.metrics import lab
 from fvdm_jax.sight import RADII, Sight, View, covered, located, nearer, parted, voted
 
 LENGTH = 33
@@ -192,21 +193,11 @@ def seam(clip: np.ndarray, at: int) -> Seam:
     The change of colour is that of the mean colour in CIELAB (ΔE, CIE 1976).
     """
     reading = read(clip)
-    changes = np.linalg.norm(np.diff(_lab((clip.mean((1, 2)) + 1) / 2), axis=0), axis=-1)
+    changes = np.linalg.norm(np.diff(lab((clip.mean((1, 2)) + 1) / 2), axis=0), axis=-1)
     step = np.linalg.norm(reading.centres[at] - reading.centres[at - 1])
     # Floors: a change that nobody sees, and a tenth of the slowest step of the world.
     usual, usual_step = max(np.median(changes), 0.1), max(reading.speed, 0.03) / (LENGTH - 1)
     return Seam(float(changes[at - 1] / usual), float(step / usual_step))
-
-
-def _lab(rgb: np.ndarray) -> np.ndarray:
-    """CIELAB of colours [... 3] in sRGB, 0 … 1, under D65."""
-    rgb = np.clip(rgb, 0, 1)
-    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = linear @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
-    xyz = xyz / np.array([0.9505, 1.0, 1.089])
-    x, y, z = np.moveaxis(np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116), -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
 
 def _reading(view: View, sight: Sight, colours: np.ndarray, first: int, clear: np.ndarray) -> Reading:

@@ -16,7 +16,7 @@ from fvdm_jax.program import Refusal
 
 
 def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], rows: int) -> tuple[Mesh, str]:
-    """All devices, as `text` says or as is best for `rows` of a clip of (f, h, w), and how attention is computed.
+    """All devices, as `text` says or as is best for `rows` clips of (f, h, w), and how attention is done.
 
     Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
     """

@@ -13,8 +13,8 @@ from test_convert_program import contents, convert, put, tree, weights
 from convert import convert as converted
 from convert import wan
 from fvdm_jax import checkpoint, lora
+from fvdm_jax.flags import TINY
 from fvdm_jax.program import Refusal
-from fvdm_jax.request import TINY
 
 EVERY = load_file(Path(__file__).parent / "golden/lora_dialects.safetensors")
 DIALECTS = sorted({key.split("/")[0] for key in EVERY if not key.startswith("merged")})

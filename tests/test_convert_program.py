@@ -19,10 +19,10 @@ from convert.__main__ import main
 from convert.table import unplan
 from convert.tensors import Planned
 from fvdm_jax import checkpoint, request, sharding
+from fvdm_jax.flags import TINY
 from fvdm_jax.models import dit
 from fvdm_jax.models.dit import DiTConfig
 from fvdm_jax.program import Refusal
-from fvdm_jax.request import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"

@@ -110,8 +110,8 @@ def led(weight: float, windows: int = 1, steps: int = 400, shown: float = 0.0) -
 def theory(weight: float, steps: int = 20_000) -> tuple[float, float]:
     """The same by integrating v = v₀ + w·(v₁ − v₀) for one number, v₀ of a unit Gaussian, v₁ given the other.
 
-    E[clean | x] is (1−l)·x / ((1−l)² + l²) for the first and the like about ρ·h for the second; velocities are
-    (x − E)/l. Source: arXiv 2502.06764, eq. 7, whose scores are linear here.
+    E[clean | x] is (1−l)·x / ((1−l)² + l²) for the first and the like about ρ·h for the second; velocities
+    are (x − E)/l. Source: arXiv 2502.06764, eq. 7, whose scores are linear here.
     """
     remaining = 1 - CORRELATION**2
     found = []

@@ -1,6 +1,7 @@
 """The arms of an experiment: what each is trained on, by the project's own trainer, and what came of it.
 
-What was trained and measured is kept in a folder under a name made of its settings, so that experiments share.
+What was trained and measured is kept in a folder under a name made of its settings, so that experiments
+share.
 """
 
 import dataclasses
@@ -27,8 +28,9 @@ from fvdm_jax.program import legible, outputs
 from fvdm_jax.shapes import Latents, Levels
 from fvdm_jax.training import Batch
 
-BATCH, POINTS = 64, 8
-"""Clips of a step; how often an arm is measured while it learns."""
+BATCH = 64
+TUNED, SHORT = 0.2, 0.01
+"""How long a network is tuned, and how shortly, as shares of the steps of its base."""
 
 RATES = {"scratch": 2e-3, "tuned": 1e-3, "adapters": 2e-3}
 WARMUP = 100
@@ -73,10 +75,14 @@ class Arm:
         base = self.base and self.base.seeded(seed)
         return dataclasses.replace(self, seed=seed, base=base)
 
+    def tuned(self, draw: str, share: float = TUNED, rank: int = 0) -> "Arm":
+        """The arm that goes on from this one for a share of its steps."""
+        return Arm(draw, max(1, round(share * self.steps)), self.process, self, rank)
+
     @property
     def name(self) -> str:
         """A name for a file, which differs where any setting does."""
-        settings = repr((self, BATCH, POINTS, RATES, WARMUP, circle.SIZES))
+        settings = repr((self, BATCH, RATES, WARMUP, circle.SIZES))
         what = f"{self.process} {self.draw} {self.steps}"
         what += f" rank {self.rank}" * bool(self.rank) + " tuned" * bool(self.base) + f" seed {self.seed}"
         return f"{what.replace(' ', '-')}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
@@ -156,14 +162,14 @@ def _learned(arm: Arm, base: dict | None) -> tuple[dict, list[dict]]:
         frozen = base if arm.rank else {}
     # It takes over the memory of what it is given.
     state = made.start(None if base is None or arm.rank else jax.tree.map(jnp.copy, base))
-    every = max(1, arm.steps // POINTS)
+    every = max(100, arm.steps // 5) if arm.base else 500
     for step, batch in enumerate(batches(arm, made), 1):
         state, told = made.step(state, frozen, batch)
         losses.append(told["loss"])
         if step % every == 0 or step == arm.steps:
             loss, losses = float(np.mean(losses)), []
             if not np.isfinite(loss):
-                raise FloatingPointError(f"{arm.name}: loss is {loss} between steps {step - every} and {step}")
+                raise FloatingPointError(f"{arm.name}: loss is {loss} after step {step}")
             curve.append(_point(arm, step, loss, whole(arm, made.trained(state), base)))
     return made.trained(state), curve
 
@@ -215,7 +221,7 @@ GROUPS = {
 
 
 def drift(before: dict, after: dict) -> dict[str, float]:
-    """"drift GROUP": how much a part of the network changed, relative to what it was (Frobenius norms)."""
+    """By "drift GROUP" how much a part of the network changed, relative to what it was (Frobenius norms)."""
     old, new = (flatten_dict(tree, sep="/") for tree in (before, after))
     found = {}
     for group, start in GROUPS.items():

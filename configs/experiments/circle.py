@@ -1,7 +1,8 @@
 """A world of 64 videos, of which everything can be known: the best possible denoiser, and what is right.
 
-A bump moves round a circle of 16 pixels at one of four speeds, for 8 frames. Since the videos are finitely many,
-the mean of all that may lie behind noisy latents is a sum over them, whatever the level of each frame.
+A bump moves round a circle of 16 pixels at one of four speeds, for 8 frames. Since the videos are
+finitely many, the mean of all that may lie behind noisy latents is a sum over them, whatever the level of
+each frame.
 """
 
 import functools
@@ -112,7 +113,8 @@ class Measuring(NamedTuple):
     """Two compiled functions of parameters, whatever they are trained for.
 
     `excess(params, probe)` is how far what is said is from the best: the mean square over noisy frames, as a
-    velocity noise − clean and as what the process's networks say. `generate(params, noise, canvas, schedule)`.
+    velocity noise − clean and as what the process's networks say. `generate(params, noise, canvas, schedule)`
+    is the sampler.
     """
 
     excess: Callable
@@ -133,7 +135,7 @@ def measuring(name: str, denoise: Denoise) -> Measuring:
             own = process.target(off[1], off[0], level)
             return jnp.stack([_over_noisy(part, level) for part in (off[0] - off[1], own)])
 
-        velocity, own = jnp.sum(jax.lax.map(of, probe), 0) / jnp.sum(probe.level > 0)
+        velocity, own = jnp.sum(jax.lax.map(of, probe), 0) / jnp.sum(probe.level > 0, dtype=jnp.float32)
         return velocity, own
 
     @jit
@@ -149,7 +151,7 @@ def _over_noisy(off: Latents, level: Levels) -> jax.Array:
 
 
 def excesses(name: str, measure: Measuring, params: dict) -> dict[str, float]:
-    """"excess FAMILY" in velocity units, and "own FAMILY" in those of the network's target."""
+    """Excesses by name: "excess FAMILY" as a velocity, "own FAMILY" in units of the network's target."""
     found = {}
     for family in FAMILIES:
         velocity, own = measure.excess(params, probe(name, family))
@@ -192,12 +194,17 @@ def _variation(which: np.ndarray, of: int) -> float:
 def judged(task: str, made: np.ndarray) -> dict[str, float]:
     """What is to be said of 256 videos made for a task from frames of TRUTH.
 
-    "right" is: I2V, a legal video that starts where it should; other tasks, nearest to the only right one.
+    "right" is a legal video: of I2V one that starts where it should, of other tasks the only right one.
+    "nearest" to the latter are more, since what is kept counts: half of what a network makes that has learned
+    nothing is, of extension.
     "frozen" is the share that changes half as much as the slowest legal video, or less.
     """
     which, far = nearest(made)
     valid = far < NEAR
-    moved = {"speed": np.abs(SPEED[which]).mean(), "frozen": np.mean(_motion(made) < _motion(VIDEOS).min() / 2)}
+    moved = {
+        "speed": np.abs(SPEED[which]).mean(),
+        "frozen": np.mean(_motion(made) < _motion(VIDEOS).min() / 2),
+    }
     found = {"valid": valid.mean(), "distance": far.mean()}
     if task == "generation":
         found |= moved | {"variation": _variation(which, len(VIDEOS))}
@@ -206,12 +213,12 @@ def judged(task: str, made: np.ndarray) -> dict[str, float]:
         speeds = np.searchsorted(SPEEDS, SPEED[which[right]])
         found |= moved | {"right": right.mean(), "variation": _variation(speeds, len(SPEEDS))}
     else:
-        found["right"] = np.mean(which == TRUTH)
+        found |= {"right": np.mean(valid & (which == TRUTH)), "nearest": np.mean(which == TRUTH)}
     return {f"{task} {key}": float(value) for key, value in found.items()}
 
 
 def carried_out(name: str, task: str, measure: Measuring, params: dict) -> dict[str, float]:
-    """`judged` of a task with noise that is always the same, and the share of kept frames that are bit-equal."""
+    """`judged` of a task with noise that is always the same, and how much of kept frames is bit-equal."""
     clip = jnp.asarray(VIDEOS[TRUTH])
     wanted = TASKS[task](clip)
     sigmas = schedule.pusa(STEPS, 1.0) if name == "flow" else schedule.ddpm(STEPS)
