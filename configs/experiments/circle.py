@@ -105,8 +105,14 @@ def probe(name: str, family: str) -> Probe:
     noise = jax.random.normal(keys[2], clean.shape)
     x = chunked(mix(process, clean, noise, jnp.asarray(level)))
     level = chunked(jnp.asarray(level))
-    best = jax.jit(lambda x, level: jax.lax.map(lambda a: bayes(process, {}, *a), (x, level)))(x, level)
-    return Probe(x, level, best)
+    return Probe(x, level, _best(name)(x, level))
+
+
+@functools.cache
+def _best(name: str) -> Callable[[jax.Array, jax.Array], Prediction]:
+    """The best predictions of chunks (x, level), compiled once for all families."""
+    process = PROCESSES[name]
+    return jax.jit(lambda x, level: jax.lax.map(lambda chunk: bayes(process, {}, *chunk), (x, level)))
 
 
 class Measuring(NamedTuple):

@@ -4,10 +4,11 @@ Hypothesis (the project's, from the step that Pusa took from FVDM's ddpm to flow
 works with either process, and flow learns faster.
 
 Threshold, on means over seeds, PTSS 0.2 from scratch at equal steps: (1) valid generations of flow exceed
-ddpm's by at least 0.05; (2) so does the mean of the five tasks; (3) with ddpm too extension is
-nearest to the right video at least half the time. Excesses are printed and no part of the rule: "excess" is of the velocity noise −
-clean at equal ratios of noise to clean, in which an error of ddpm's ε near pure noise counts up to ten
-thousandfold; "own" is in the units of what each network says, which cannot be compared between the two.
+ddpm's by at least 0.05; (2) so does the mean of the five tasks; (3) with ddpm too extension is nearest to
+the right video at least half the time. Excesses are printed and no part of the rule: "excess" is of the
+velocity noise − clean at equal ratios of noise to clean, in which an error of ddpm's ε near pure noise
+counts up to ten thousandfold; "own" is in the units of what each network says, which cannot be compared
+between the two.
 
 Arms: flow (the velocity, 25 Euler steps, evenly spaced) and ddpm (ε, 25 DDIM steps, FVDM's spacing).
 

@@ -73,7 +73,7 @@ def verdict(found: Found) -> list[str]:
               *(f"{label} {value:.3f}" for label, value in others.items())),
         *_kept(found, "random, adapters"),
         ruled("1 % of the samples give half the gain of 20 %", gains["random, 1 %"] >= gains["random"] / 2,
-              *(f"{label} +{gain:.3f}" for label, gain in gains.items())),
+              *(f"{label} {gain:+.3f}" for label, gain in gains.items())),
     ]  # fmt: skip
 
 

@@ -104,11 +104,12 @@ def picture(experiment: Experiment, found: Found):
     if experiment.curves:
         _curves(rows[0], experiment.curves, found, colours)
     for row, (title, measures) in zip(rows[-len(experiment.bars) :], experiment.bars.items(), strict=True):
-        _bars(row.subplots(), title, measures, found, colours)
+        _bars(row, title, measures, found, colours)
     return figure
 
 
 def _curves(row, measures: tuple[str, ...], found: Found, colours: dict) -> None:
+    last = [found.curve(label, measures[0])[0][-1] for label in colours]
     for axes, measure in zip(np.atleast_1d(row.subplots(1, len(measures))), measures, strict=True):
         for label, colour in colours.items():
             steps, values = found.curve(label, measure)
@@ -116,6 +117,8 @@ def _curves(row, measures: tuple[str, ...], found: Found, colours: dict) -> None
             axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
         if measure.startswith(("excess", "own")):
             axes.set_yscale("log")
+        if max(last) > 10 * min(last):
+            axes.set_xscale("log")
         axes.set_xlabel("steps of the arm's own training")
         axes.set_title(measure, fontsize=11)
         axes.grid(alpha=0.3)
@@ -123,8 +126,8 @@ def _curves(row, measures: tuple[str, ...], found: Found, colours: dict) -> None
     row.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=9)
 
 
-def _bars(axes, title: str, measures: tuple[str, ...], found: Found, colours: dict) -> None:
-    wide = 0.84 / len(colours)
+def _bars(row, title: str, measures: tuple[str, ...], found: Found, colours: dict) -> None:
+    axes, wide = row.subplots(), 0.84 / len(colours)
     for i, (label, colour) in enumerate(colours.items()):
         values = np.array([found.values(label, measure) for measure in measures])
         mean = values.mean(1)
@@ -136,7 +139,7 @@ def _bars(axes, title: str, measures: tuple[str, ...], found: Found, colours: di
         axes.set_yscale("log")
     axes.set_ylabel("mean and range of seeds", fontsize=9)
     axes.set_title(title, fontsize=11)
-    axes.legend(fontsize=8, ncols=2)
+    row.legend(fontsize=9, loc="outside right upper")
     axes.grid(axis="y", alpha=0.3)
 
 
