@@ -1,29 +1,22 @@
-"""The bundled tiny model, from nothing: every weight in fvdm_jax/assets/tiny is made by this file.
+"""The bundled tiny model: every weight in fvdm_jax/assets/tiny is made by this file.
 
-    python configs/tiny.py vae        # pixels ↔ latents, on textures and moving shapes
+    python configs/tiny.py vae        # pixels ↔ latents, of textures and moving shapes
     python configs/tiny.py text       # captions → states from which every word of them can be read
-    python configs/tiny.py latents    # a store of encoded clips with their captions
-    python configs/tiny.py records    # the same as records, along the directions that are kept
+    python configs/tiny.py latents    # a store of encoded clips
+    python configs/tiny.py records    # the same with their captions' states, as records
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit --export runs/tiny/model
     python configs/tiny.py pack       # the folder that the package carries
 
-Each step reads what those before it left in runs/tiny. The bundled model was made so on two cores that other
-work shared, with the last losses
+Each step reads what those before it left in runs/tiny, and the first two go on from what they find there, so
+that a sitting may follow another; `--start FOLDER` does so for the transformer. What is bundled was made on
+two cores that other work shared; `configs/LOG.md` has the hours, losses and results of the sittings.
 
-    vae 1806 s 0.0208 · text 332 s 0.0003 misread · latents 1165 s · transformer 9300 s 0.290
-
-before there was `fvdm_jax.train`: its transformer saw plain backgrounds three times as often as others, and
-had 3,900 steps of Muon at 1e-3 after 2,700 of AdamW. Photographs come out of its VAE at 22.3 dB, moving
-shapes at 24.9 dB. What it generates has the background and the colour that the prompt asks for; shapes are
-rough and do not move as they are told.
-
-Eight clips are learned by heart, as a check of the trainer (loss 1.85 at first, 0.13 at the end, in
-15 minutes on two busy cores):
+Eight clips are learned by heart, as a check of the trainer:
 
     python configs/tiny.py records 8
     alias train="python -m fvdm_jax.train configs/tiny.py --held-out 0"
-    train --out runs/eight --batch 8 --steps 1000 --rule muon --rate 5e-3
+    train --out runs/eight --batch 8 --steps 1000 --rate 5e-3
 """
 
 import dataclasses
@@ -224,7 +217,7 @@ def statistics(store: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sample.mean(0), np.sqrt(sample.std(0) * np.mean(sample.std(0)))
 
 
-def store_records():
+def store_records(clips: int = CLIPS):
     """Writes the stored latents, normalised, with their captions' states, as records."""
     store = np.load(RUNS / "latents.npy", mmap_mode="r")
     mean, spread = statistics(store)
@@ -241,7 +234,7 @@ def store_records():
 
     header = records.Header(LATENT, TEXT_SIZES.width, TEXT_SIZES.length, SAMPLING["fps"], "tiny", {}, {})
     with records.Writer(RUNS / "records", header) as writer:
-        for i, clip in enumerate(store):
+        for i, clip in enumerate(store[:clips]):
             said = source.caption(scene, i, full=i % 4 > 0)
             if (key := f"{i} {said}") not in writer.done:
                 latents = (clip.astype(np.float32) - mean) / spread

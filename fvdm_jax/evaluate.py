@@ -53,6 +53,8 @@ def parser() -> Parser:
     add("--batch", type=whole, default=16, metavar="N", help="clips at once (default 16)")
     add("--steps", type=whole, metavar="N", help="steps of the solver (default 20; of exports the model's)")
     add("--solver", choices=rules.SOLVERS, help="how a step is taken; default: the model's")
+    add("--schedule", default="together", metavar="NAME[:OPTION=N,…]", help="as of fvdm_jax.sample")
+    add("--history", type=number, default=1.0, metavar="X", help="weight of the frames that are clean")
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
     add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
     add("--seed", type=whole, default=0, metavar="N", help="of the noise (default 0)")
@@ -135,6 +137,7 @@ def _request(given) -> Request:
     asked = Request(
         prompt="", model=given.model, steps=steps, solver=given.solver, shift=given.shift,
         guidance=given.guidance, seed=given.seed, explain=True,
+        schedule=given.schedule, history=given.history,
     )  # fmt: skip
     request = validate(asked, defaults(given.model))
     if request.latent_frames < LEAST and not given.export:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks
+from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks, zoo
 from fvdm_jax.data import source
 from fvdm_jax.evaluating.cases import Case
-from fvdm_jax.guidance import Generation, Looks
+from fvdm_jax.guidance import Generation, Looks, Weights
 from fvdm_jax.models.streaming import Stream
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.programs import compiled
@@ -23,7 +23,7 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import Reader
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
-from fvdm_jax.schedule import SPACINGS, schedule
+from fvdm_jax.schedule import SPACINGS
 from fvdm_jax.training import Batch, Objective
 from fvdm_jax.weights import uniform
 
@@ -63,11 +63,9 @@ class Studio:
             placed = sampling.placed(self._over, {"dit": params["dit"]}, self.networks.dit)
             self._params = placed | jax.device_put({"vae": params["vae"]}, sharding.replicated(self._over))
         self._reader = Reader(request.model, self.networks, stages)
-        self._guided = request.guidance != 1
+        looks = Looks(request.guidance != 1, 0 if request.history == 1 else 1)
         network, process = lora.Network(self.networks.dit), PROCESSES[request.process]
-        self._sample = jax.jit(
-            Generation(network, process, SAMPLERS[request.solver], Looks(self._guided)).sample
-        )
+        self._sample = jax.jit(Generation(network, process, SAMPLERS[request.solver], looks).sample)
         self._draw = jax.jit(source.moving_shapes, static_argnums=(1, 2, 3))
         _, h, w, c = self._shape
         vae, (height, width) = self._params["vae"], request.size
@@ -144,10 +142,11 @@ class Studio:
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
         noise = jax.vmap(lambda key: jax.random.normal(key, self._shape))(keys)
         sigmas = SPACINGS[request.spacing](request.steps, request.shift)
+        rows = zoo.levels(request.schedule, sigmas, np.asarray(task.strength))
+        weights = jax.tree.map(jnp.float32, Weights(request.guidance, request.history))
         inputs = self._spread((noise, task.canvas))
         with self._stages("denoise"), jax.set_mesh(self._over):
-            rows = schedule(sigmas, task.strength)
-            made = self._sample(self._params, prompts, jnp.float32(request.guidance), *inputs, rows)
+            made = self._sample(self._params, prompts, weights, *inputs, rows)
             return jax.block_until_ready(made)
 
     def _spread(self, tree):
@@ -171,5 +170,7 @@ def batches(clips: int, batch: int, after: int = 0) -> Iterator[range]:
 
 def described(request: Request) -> dict:
     """How the clips are made, as JSON has it."""
-    names = "frames size steps solver process spacing shift guidance negative fps seed".split()
+    names = (
+        "frames size steps solver process spacing shift schedule guidance history negative fps seed".split()
+    )
     return json.loads(json.dumps({name: getattr(request, name) for name in names}))
