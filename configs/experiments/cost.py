@@ -14,7 +14,7 @@ Arms: from scratch, the first frame always clean; and the base (equal levels fro
 
     python configs/experiments/cost.py --steps 2500
 
-Cost: 27 runs, of which 15 are new where nondestructive.py has been run; two minutes of one CPU core at
+Cost: 27 runs, of which 15 are new where nondestructive.py has been run; three minutes of one busy CPU core at
 most each.
 """
 

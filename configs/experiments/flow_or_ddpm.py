@@ -14,7 +14,7 @@ Arms: flow (the velocity, 25 Euler steps, evenly spaced) and ddpm (ε, 25 DDIM s
 
     python configs/experiments/flow_or_ddpm.py --steps 2500
 
-Cost: 6 runs, of which 3 are new where ptss.py has been run; two minutes of one CPU core each at 2500
+Cost: 6 runs, of which 3 are new where ptss.py has been run; three minutes of one busy CPU core each at 2500
 steps.
 """
 

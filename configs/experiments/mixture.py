@@ -13,7 +13,7 @@ Arms: the mixture, PTSS 0.2, PTSS 0.5, from scratch with the same batches and st
 
     python configs/experiments/mixture.py --steps 2500
 
-Cost: 9 runs, of which 3 are new where ptss.py has been run; two minutes of one CPU core each at 2500
+Cost: 9 runs, of which 3 are new where ptss.py has been run; three minutes of one busy CPU core each at 2500
 steps.
 """
 

@@ -12,12 +12,12 @@ adapters (rank 16 of the ten matrices of a block) keep (1) and (2) as well; (6) 
 samples the mean of the five tasks rises by half of what it rises by with 20 %.
 
 Arms: the base (equal levels), and tuned for 20 % of its steps: control, first, ptss 0.2, 0.5 and 0.8,
-random, random with adapters; for 1 %: random, and random with adapters. The rate is 1e-3, of adapters
-2e-3.
+random, random with adapters; for 1 %: random, and random with adapters. The rate is 2.5e-3, of
+adapters 5e-3.
 
     python configs/experiments/nondestructive.py --steps 2500
 
-Cost: 30 runs; at 2500 steps the base takes two minutes of one CPU core, a tuning one.
+Cost: 30 runs; at 2500 steps the base takes three minutes of one busy CPU core, a tuning one.
 """
 
 from pathlib import Path

@@ -11,7 +11,7 @@ Arms: p of 0, 0.2, 0.5 and 1, the same batches and steps.
 
     python configs/experiments/ptss.py --steps 2500
 
-Cost: 12 runs, about two minutes of one CPU core each at 2500 steps.
+Cost: 12 runs, about three minutes of one busy CPU core each at 2500 steps.
 """
 
 from pathlib import Path
