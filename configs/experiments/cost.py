@@ -52,16 +52,17 @@ def verdict(found: Found) -> list[str]:
     return [*lines, ruled("5 % of the samples are enough", share is not None and share <= 0.05, number)]
 
 
+CURVES = ("I2V right", "excess first", "excess diagonal")
 EXPERIMENT = Experiment(
     Path(__file__).stem,
     __doc__,
     arms,
     verdict,
-    {
+    CURVES,
+    bars={
         "Of 256 videos": ("I2V right", "I2V valid", "I2V variation", "generation valid", "extension right"),
         "Excess risk over Bayes": ("excess first", "excess diagonal", "excess prefix 4"),
     },
-    ("I2V right", "excess first", "excess diagonal"),
 )
 
 if __name__ == "__main__":

@@ -47,14 +47,15 @@ def verdict(found: Found) -> list[str]:
     ]  # fmt: skip
 
 
+CURVES = ("excess diagonal", "excess first", "own diagonal", "own first", "I2V right")
 EXPERIMENT = Experiment(
     Path(__file__).stem,
     __doc__,
     arms,
     verdict,
-    {"Of 256 videos": QUALITY, "Excess risk over Bayes, as a velocity": EXCESS},
-    ("excess diagonal", "excess first", "own diagonal", "own first", "I2V right"),
-    EXCESS + QUALITY + OWN,
+    CURVES,
+    bars={"Of 256 videos": QUALITY, "Excess risk over Bayes, as a velocity": EXCESS},
+    columns=EXCESS + QUALITY + OWN,
 )
 
 if __name__ == "__main__":

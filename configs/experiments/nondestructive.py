@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from arms import SHORT, Arm
-from report import DRIFT, EXCESS, QUALITY, RIGHT, Experiment, Found, program, ruled, told
+from report import BARS, DRIFT, EXCESS, QUALITY, RIGHT, Experiment, Found, program, ruled, told
 
 RANK = 16
 OTHERS = ("first", "ptss 0.2", "ptss 0.5", "ptss 0.8")
@@ -77,18 +77,15 @@ def verdict(found: Found) -> list[str]:
     ]  # fmt: skip
 
 
+CURVES = ("excess diagonal", "excess first", "excess prefix 4", "I2V right")
 EXPERIMENT = Experiment(
     Path(__file__).stem,
     __doc__,
     arms,
     verdict,
-    {
-        "Excess risk over Bayes": EXCESS,
-        "Of 256 videos": QUALITY,
-        "Relative change of parameters": DRIFT,
-    },
-    ("excess diagonal", "excess first", "excess prefix 4", "I2V right"),
-    EXCESS + QUALITY + DRIFT,
+    CURVES,
+    bars=BARS | {"Relative change of parameters": DRIFT},
+    columns=EXCESS + QUALITY + DRIFT,
 )
 
 if __name__ == "__main__":

@@ -53,14 +53,15 @@ def verdict(found: Found) -> list[str]:
     ]
 
 
+CURVES = ()
 EXPERIMENT = Experiment(
     Path(__file__).stem,
     __doc__,
     arms,
     verdict,
-    {"Of 256 videos": QUALITY, "Motion and fidelity of I2V": MOTION, "Excess risk over Bayes": EXCESS},
-    (),
-    QUALITY + MOTION + EXCESS,
+    CURVES,
+    bars={"Of 256 videos": QUALITY, "Motion and fidelity of I2V": MOTION, "Excess risk over Bayes": EXCESS},
+    columns=QUALITY + MOTION + EXCESS,
 )
 
 if __name__ == "__main__":

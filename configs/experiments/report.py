@@ -45,6 +45,10 @@ class Found(NamedTuple):
         return steps, np.array([[point[measure] for point in curve] for curve in curves])
 
 
+BARS = {"Excess risk over Bayes": EXCESS, "Of 256 videos": QUALITY}
+"""What is drawn of most experiments, by title."""
+
+
 class Experiment(NamedTuple):
     """What an experiment's file says: `arms(steps)` by label, and `verdict(found)` by the rules of its text.
 
@@ -55,8 +59,8 @@ class Experiment(NamedTuple):
     text: str
     arms: Callable[[int], dict[str, arms.Arm]]
     verdict: Callable[[Found], list[str]]
-    bars: dict[str, tuple[str, ...]]
     curves: tuple[str, ...]
+    bars: dict[str, tuple[str, ...]] = BARS
     columns: tuple[str, ...] = EXCESS + QUALITY
 
 

@@ -80,8 +80,10 @@ def _forward(q: Heads, k: Heads, v: Heads) -> tuple[Heads, LogSumExp]:
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     # The weights sum to one, so values may be taken relative to any of them. Most of Wan's 512 text rows are
     # the same padding: relative to the last row they are 0, while summed up in float32 they cost 9e-6 of the
-    # network's output. In bfloat16 the difference would be rounded, for nothing.
-    origin = v[..., -1:, :] if v.dtype == jnp.float32 else jnp.zeros_like(v[..., -1:, :])
+    # network's output. In bfloat16 the difference would be rounded, for nothing; so it would among the many
+    # keys of a clip, of which a single one is far from their mean.
+    relative = v.dtype == jnp.float32 and v.shape[-2] < MANY
+    origin = v[..., -1:, :] if relative else jnp.zeros_like(v[..., -1:, :])
     out, lse = _by_heads(_forward_of_heads, BUDGET, q, k, v - origin)
     return jnp.swapaxes((out + origin.astype(jnp.float32)).astype(q.dtype), 1, 2), lse
 
