@@ -107,7 +107,8 @@ def test_a_video_kept_whole_is_its_reconstruction(sample, model):
 def test_explain_prints_the_matrix_and_makes_nothing(sample, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     code, out, _ = sample("--explain", "--keep", "0=a.png", "--steps", "4")
-    assert code == 0 and "█··" in out and len(out.splitlines()) == 1 + 2 + 1 + 5
+    assert code == 0 and "█··" in out and len(out.splitlines()) == 1 + 2 + 1 + 5 + 2
+    assert out.splitlines()[-1].startswith("4 calls of the network")
     assert sorted(tmp_path.rglob("*")) == before
 
 
