@@ -136,9 +136,8 @@ def _contrast(like: Latents, output: Latents, level: Levels, rescale) -> Float[A
         return jnp.std(y, axis=(1, 2, 3, 4), where=jnp.broadcast_to(moving, y.shape), keepdims=True)
 
     wide, wanted = spread(output), spread(like)
+    # Where every frame is clean there is nothing to spread, and no number is greater than 0.
     ratio = jnp.where(wide > 0, wanted / jnp.where(wide > 0, wide, 1.0), 1.0)
-    # Where every frame is clean there is nothing to spread.
-    ratio = jnp.where(jnp.isfinite(ratio), ratio, 1.0)
     return rescale * ratio + (1 - rescale)
 
 

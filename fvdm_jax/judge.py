@@ -5,6 +5,7 @@ read here. Clips are [t H W 3], −1 … 1, of square frames; places are x and y
 of the frame, and velocities per clip of LENGTH frames. What cannot be seen is said to be NOTHING.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from fvdm_jax.data.source import (
     table,
     velocity,
 )
-from fvdm_jax.metrics import lab
+from fvdm_jax.metrics import delta_e
 from fvdm_jax.sight import RADII, Sight, View, covered, located, nearer, parted, voted
 
 LENGTH = 33
@@ -93,10 +94,14 @@ class Verdict(NamedTuple):
 
 
 class Seam(NamedTuple):
-    """A place where two windows meet: its change of colour over the usual one, its step over the path's."""
+    """A place where two windows meet: its change of colour over the usual one, its step over the path's.
+
+    `delta_e` is the change of colour itself.
+    """
 
     colour: float
     motion: float
+    delta_e: float
 
 
 def read(clip: np.ndarray, start: int = 0) -> Reading:
@@ -188,16 +193,24 @@ def continues(reading: Reading, scene: Scene, i: int, after: int) -> tuple[bool,
 
 
 def seam(clip: np.ndarray, at: int) -> Seam:
-    """How much more changes between frames `at` − 1 and `at` of a clip [t H W 3] than between others.
+    """How much more changes between frames `at` − 1 and `at` of a clip [t H W 3] than between others."""
+    return seams(clip, read(clip), [at])[0]
+
+
+def seams(clip: np.ndarray, reading: Reading, places: Sequence[int]) -> list[Seam]:
+    """The `seam` at each of these frames of a clip [t H W 3], of which all is read.
 
     The change of colour is that of the mean colour in CIELAB (ΔE, CIE 1976).
     """
-    reading = read(clip)
-    changes = np.linalg.norm(np.diff(lab((clip.mean((1, 2)) + 1) / 2), axis=0), axis=-1)
-    step = np.linalg.norm(reading.centres[at] - reading.centres[at - 1])
+    mean = (clip.mean((1, 2), dtype=np.float64) + 1) / 2
+    changes = delta_e(mean[1:], mean[:-1])
+    steps = np.linalg.norm(np.diff(reading.centres, axis=0), axis=-1)
     # Floors: a change that nobody sees, and a tenth of the slowest step of the world.
     usual, usual_step = max(np.median(changes), 0.1), max(reading.speed, 0.03) / (LENGTH - 1)
-    return Seam(float(changes[at - 1] / usual), float(step / usual_step))
+    return [
+        Seam(float(changes[at - 1] / usual), float(steps[at - 1] / usual_step), float(changes[at - 1]))
+        for at in places
+    ]
 
 
 def _reading(view: View, sight: Sight, colours: np.ndarray, first: int, clear: np.ndarray) -> Reading:

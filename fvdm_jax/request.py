@@ -18,6 +18,8 @@ SAMPLING = tuple("prompt negative frames size steps solver process spacing shift
 """The settings that a model has of its own."""
 
 HISTORY = ("history", "history_level", "history_windows")
+LATER = ("lora", "schedule", "interval", "rescale", *HISTORY)
+"""The settings that not all files of latents name."""
 
 PATCH = 2
 """Latent pixels to a side of a token of the transformer."""
@@ -128,7 +130,7 @@ def _stored(given: dict) -> Request:
         raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
     saved = latents.probe(given["decode"])
     # Latents of before a setting was there do not name it.
-    told = {field.name: field.default for field in dataclasses.fields(Request)}
+    told = {field.name: field.default for field in dataclasses.fields(Request) if field.name in LATER}
     told |= {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
     chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
     model = defaults(chosen.get("model") or Path(str(told.get("model"))))

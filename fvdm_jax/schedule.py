@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from fvdm_jax import zoo
 from fvdm_jax.shapes import Schedule, Sigmas, Strength
 
 
@@ -69,5 +70,5 @@ def schedule(sigmas: Sigmas, strength: Strength, delay: Sequence[int] | np.ndarr
         raise ValueError(
             f"delay is {delay.tolist()}; give {frames} whole numbers from 0, or one for all frames"
         )
-    step = np.arange(last + 1 + delay.max())[:, None] - np.broadcast_to(delay, (frames,))
-    return jnp.asarray(strength, jnp.float32) * jnp.asarray(sigmas, jnp.float32)[np.clip(step, 0, last)]
+    done = zoo.delayed(np.broadcast_to(delay, (frames,)), last)
+    return jnp.asarray(strength, jnp.float32) * jnp.asarray(sigmas, jnp.float32)[done]

@@ -53,17 +53,11 @@ def verdict(found: Found) -> list[str]:
 
 
 CURVES = ("I2V right", "excess first", "excess diagonal")
-EXPERIMENT = Experiment(
-    Path(__file__).stem,
-    __doc__,
-    arms,
-    verdict,
-    CURVES,
-    bars={
-        "Of 256 videos": ("I2V right", "I2V valid", "I2V variation", "generation valid", "extension right"),
-        "Excess risk over Bayes": ("excess first", "excess diagonal", "excess prefix 4"),
-    },
-)
+BARS = {
+    "Of 256 videos": ("I2V right", "I2V valid", "I2V variation", "generation valid", "extension right"),
+    "Excess risk over Bayes": ("excess first", "excess diagonal", "excess prefix 4"),
+}
+EXPERIMENT = Experiment(Path(__file__).stem, __doc__, arms, verdict, CURVES, BARS)
 
 if __name__ == "__main__":
     program(EXPERIMENT)

@@ -48,15 +48,9 @@ def verdict(found: Found) -> list[str]:
 
 
 CURVES = ("excess diagonal", "excess first", "own diagonal", "own first", "I2V right")
-EXPERIMENT = Experiment(
-    Path(__file__).stem,
-    __doc__,
-    arms,
-    verdict,
-    CURVES,
-    bars={"Of 256 videos": QUALITY, "Excess risk over Bayes, as a velocity": EXCESS},
-    columns=EXCESS + QUALITY + OWN,
-)
+BARS = {"Of 256 videos": QUALITY, "Excess risk over Bayes, as a velocity": EXCESS}
+COLUMNS = EXCESS + QUALITY + OWN
+EXPERIMENT = Experiment(Path(__file__).stem, __doc__, arms, verdict, CURVES, BARS, COLUMNS)
 
 if __name__ == "__main__":
     program(EXPERIMENT)

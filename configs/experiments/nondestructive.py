@@ -78,15 +78,9 @@ def verdict(found: Found) -> list[str]:
 
 
 CURVES = ("excess diagonal", "excess first", "excess prefix 4", "I2V right")
-EXPERIMENT = Experiment(
-    Path(__file__).stem,
-    __doc__,
-    arms,
-    verdict,
-    CURVES,
-    bars=BARS | {"Relative change of parameters": DRIFT},
-    columns=EXCESS + QUALITY + DRIFT,
-)
+DRAWN = BARS | {"Relative change of parameters": DRIFT}
+COLUMNS = EXCESS + QUALITY + DRIFT
+EXPERIMENT = Experiment(Path(__file__).stem, __doc__, arms, verdict, CURVES, DRAWN, COLUMNS)
 
 if __name__ == "__main__":
     program(EXPERIMENT)

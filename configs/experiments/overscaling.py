@@ -53,16 +53,9 @@ def verdict(found: Found) -> list[str]:
     ]
 
 
-CURVES = ()
-EXPERIMENT = Experiment(
-    Path(__file__).stem,
-    __doc__,
-    arms,
-    verdict,
-    CURVES,
-    bars={"Of 256 videos": QUALITY, "Motion and fidelity of I2V": MOTION, "Excess risk over Bayes": EXCESS},
-    columns=QUALITY + MOTION + EXCESS,
-)
+BARS = {"Of 256 videos": QUALITY, "Motion and fidelity of I2V": MOTION, "Excess risk over Bayes": EXCESS}
+COLUMNS = QUALITY + MOTION + EXCESS
+EXPERIMENT = Experiment(Path(__file__).stem, __doc__, arms, verdict, (), BARS, COLUMNS)
 
 if __name__ == "__main__":
     program(EXPERIMENT)

@@ -81,23 +81,12 @@ def kept(clip: Clip, case: Case, alone: list[np.ndarray]) -> dict[str, Score]:
 
 
 def seams(clip: Clip, case: Case) -> dict[str, Score]:
-    """The jumps where what was given, or another window, ends: the mean over such places.
-
-    `seam_delta_e` is the change of the mean colour, `seam_colour` that over the clip's usual change and
-    `seam_motion` the step of the shape over that of its path; as in `judge.seam`, read once.
-    """
+    """The jumps where what was given, or another window, ends: the mean over such places of `judge.Seam`."""
     if not case.seams:
         return {}
-    mean = (clip.pixels.mean((1, 2), dtype=np.float64) + 1) / 2
-    changes = metrics.delta_e(mean[1:], mean[:-1])
-    steps = np.linalg.norm(np.diff(clip.reading.centres, axis=0), axis=-1)
-    at = np.array(case.seams) - 1
-    usual = max(float(np.median(changes)), 0.1), max(clip.reading.speed, 0.03) / (judge.LENGTH - 1)
-    return {
-        "seam_delta_e": float(changes[at].mean()),
-        "seam_colour": float(changes[at].mean() / usual[0]),
-        "seam_motion": float(steps[at].mean() / usual[1]),
-    }
+    found = judge.seams(clip.pixels, clip.reading, case.seams)
+    means = np.mean(found, axis=0)
+    return {f"seam_{name}": float(mean) for name, mean in zip(judge.Seam._fields, means, strict=True)}
 
 
 def drift(clip: Clip, case: Case) -> dict[str, Score]:
