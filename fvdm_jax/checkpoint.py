@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float
 
-from fvdm_jax import lora
-from fvdm_jax.models import dit, streaming, text, vae
+from fvdm_jax import conditioning, lora
+from fvdm_jax.models import clip, dit, streaming, text, vae
+from fvdm_jax.models.clip import CLIPConfig, ImageTokens
 from fvdm_jax.program import Refusal, outputs
 from fvdm_jax.shapes import Latents, Levels, Mask, TextStates, Tokens, Video
 
@@ -22,12 +24,18 @@ class Networks:
     """The networks of a model, by their configs, as functions of its parameters.
 
     `params` is a dict with a tree for each field, as of `load`, and "adapters", if any: pairs of
-    `lora.Adapters` and their strength.
+    `lora.Adapters` and their strength. `clip` have only models whose transformer reads image tokens.
     """
 
     dit: dit.DiTConfig
     vae: vae.VAEConfig
     text: text.TextConfig
+    clip: CLIPConfig | None = None
+
+    @property
+    def there(self) -> list[str]:
+        """The names of those that are not None."""
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
 
     def velocity(self, params: dict, x: Latents, timestep: Levels, text_states: TextStates) -> Latents:
         """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e]."""
@@ -36,6 +44,10 @@ class Networks:
     def read(self, params: dict, tokens: Tokens, mask: Mask) -> TextStates:
         """States [b l e] of tokens [b l]."""
         return text.TextEncoder(self.text).apply({"params": params["text"]}, tokens, mask)
+
+    def look(self, params: dict, pictures: Sequence[Float[Array, "H W 3"]]) -> ImageTokens:
+        """Tokens [1 n e] of pictures in −1 … 1, as `conditioning.image_tokens`."""
+        return conditioning.image_tokens(self.clip, params["clip"], pictures)
 
     def encode(self, params: dict, video: Video) -> Latents:
         """Normalised latents [b f h w c] of pixels [b t H W 3], in memory that does not grow with t."""
@@ -50,8 +62,12 @@ KINDS = {
     "dit": (dit.DiTConfig, dit.abstract),
     "vae": (vae.VAEConfig, vae.abstract),
     "text": (text.TextConfig, text.abstract),
+    "clip": (CLIPConfig, clip.abstract),
 }
 """What configures each network, and its parameters as shapes."""
+
+REQUIRED = ("dit", "vae", "text")
+"""Those that every model has."""
 
 
 def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
@@ -114,22 +130,37 @@ def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
             yield f"{prefix}{key}", tree[key]
 
 
-def load(folder: Path, parts: Iterable[str] = KINDS) -> tuple[Networks, dict]:
-    """The networks of a folder and the parameters of those of them that `parts` names.
+def load(folder: Path, parts: Iterable[str] | None = None) -> tuple[Networks, dict]:
+    """The networks of a folder and the parameters of those of them that `parts` names; None: of all.
 
     The folder holds `config.json`, with a config for each, and NAME.safetensors or a folder NAME.
     Raises Refusal where a config is none, a file is not whole, or its arrays are not those of its config.
     """
-    networks = describe(folder, parts)
+    networks = describe(folder, REQUIRED if parts is None else parts)
     params = {}
-    for name in parts:
+    for name in networks.there if parts is None else parts:
         config = getattr(networks, name)
-        # Networks that compute in float32 get what they compute with; others what is stored, half as large.
-        path = folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
-        restore = restore_tree if path.is_dir() else load_tree
-        params[name] = restore(path, config.dtype == "float32")
-        _check(path, params[name], KINDS[name][1](config))
+        params[name] = _part(folder, name, config.dtype, KINDS[name][1](config))
     return networks, params
+
+
+def load_transformer(folder: Path, name: str) -> dict:
+    """The parameters of a transformer of a folder, on the host, by its name: "dit", "dit_high" or "dit_low".
+
+    Raises Refusal as `load` does.
+    """
+    config = network(folder, name)
+    return _part(folder, name, config.dtype, dit.abstract(config))
+
+
+def _part(folder: Path, name: str, dtype: str, expected: dict) -> dict:
+    """The parameters of this name, which must be as expected."""
+    path = folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+    restore = restore_tree if path.is_dir() else load_tree
+    # Networks that compute in float32 get what they compute with; others what is stored, half as large.
+    params = restore(path, dtype == "float32")
+    _check(path, params, expected)
+    return params
 
 
 def restore_tree(folder: Path, widen: bool = False) -> dict:
@@ -141,7 +172,7 @@ def restore_tree(folder: Path, widen: bool = False) -> dict:
     import orbax.checkpoint as ocp
 
     try:
-        tree = ocp.PyTreeCheckpointer().restore(folder)
+        tree = ocp.PyTreeCheckpointer().restore(folder.absolute())
     except (OSError, ValueError, KeyError) as broken:
         raise Refusal(folder, f"is no whole checkpoint ({broken})", "convert it again") from broken
     return jax.tree.map(lambda a: a.astype(np.float32) if widen and _is_float(a) else a, tree)
@@ -191,7 +222,7 @@ def _restored(folder: Path, wanted: dict) -> dict:
         raise Refusal(folder, f"is no whole checkpoint ({broken})", "convert it again") from broken
 
 
-def describe(folder: Path, parts: Iterable[str] = KINDS) -> Networks:
+def describe(folder: Path, parts: Iterable[str] = REQUIRED) -> Networks:
     """The networks of a folder, without their parameters. Raises Refusal where a config is none.
 
     Those that `parts` does not name need not be there; they are None then.
@@ -239,7 +270,8 @@ def _check(path: Path, params: dict, expected: dict) -> None:
 def save(folder: Path, networks: Networks, params: dict, extra: dict, dtype: str = "float16") -> None:
     """Writes the folder that `load` reads; `extra` joins `config.json`, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in KINDS:
+    for name in networks.there:
         save_tree(folder / f"{name}.safetensors", params[name], dtype)
+    described = {name: dataclasses.asdict(getattr(networks, name)) for name in networks.there}
     with outputs(folder / "config.json") as (draft,):
-        draft.write_text(json.dumps(dataclasses.asdict(networks) | extra, indent=1) + "\n", "utf-8")
+        draft.write_text(json.dumps(described | extra, indent=1) + "\n", "utf-8")

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvdm_jax import machine, rules
+from fvdm_jax.defaults import defaults
 from fvdm_jax.evaluating.cases import LEAST, TASKS
 from fvdm_jax.evaluating.vbench import Export, Pair, collected, pairs
 from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, plain, run, whole
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import TINY, Request, defaults, validate
+from fvdm_jax.request import TINY, Request, validate
 
 DESCRIPTION = "Measures what a model can do, on clips that it was never trained on."
 HELP = """

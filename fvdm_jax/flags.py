@@ -9,13 +9,16 @@ from pathlib import Path
 from fvdm_jax import zoo
 from fvdm_jax.keeps import GRAMMAR
 from fvdm_jax.latents import SUFFIX
+from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Parser, number, numbered, plain, whole
-from fvdm_jax.rules import KERNELS, SOLVERS
+from fvdm_jax.prompt_files import GRAMMAR as LINES
+from fvdm_jax.rules import KERNELS, SOLVERS, SPACINGS
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 OUT = Path("fvdm.mp4")
 
 EPILOG = f"""{GRAMMAR}
+{LINES}
 The video goes to --out, and beside it a contact sheet (.png), every setting (.json), and what was denoised
 ({SUFFIX}), written before it is decoded: --decode makes a video of that again. Existing files
 are only replaced with --overwrite, except those of the default name, fvdm.mp4, which each run replaces.
@@ -28,6 +31,7 @@ def parser() -> Parser:
     flags = Parser(prog="fvdm_jax.sample", description="Samples a video.", epilog=EPILOG + _bundled())
     _shown(flags.add_argument_group("what is shown").add_argument)
     _sampled(flags.add_argument_group("how it is sampled").add_argument)
+    _long(flags.add_argument_group("long videos, and many").add_argument)
     _made(flags.add_argument_group("with what, and where to").add_argument)
     return flags
 
@@ -42,6 +46,7 @@ def _shown(add: Callable) -> None:
         default=[],
         help="an image or clip to keep; repeatable",
     )
+    add("--still", action="store_true", help="encode images kept after frame 0 as clips that stand still")
     add("--frames", type=whole, metavar="N", help="frames of the video, 1 + 4n")
     add(
         "--size",
@@ -54,6 +59,9 @@ def _shown(add: Callable) -> None:
 
 
 def _sampled(add: Callable) -> None:
+    add(
+        "--preset", default="", choices=PRESETS, help="settings that a model's authors publish; it tells them"
+    )
     add("--steps", type=whole, metavar="N", help="steps of the solver")
     add("--solver", choices=SOLVERS, help="how a step is taken")
     add(
@@ -62,8 +70,15 @@ def _sampled(add: Callable) -> None:
         metavar="NAME[:OPTION=N,…]",
         help=f"when each frame takes its steps: {', '.join(zoo.ZOO)}, or a .json file of levels",
     )
+    add("--spacing", choices=SPACINGS, help="how levels are spaced, before they are shifted")
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
-    add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
+    add(
+        "--guidance",
+        type=_guidance,
+        metavar="X[,Y]",
+        help="weight of the prompt; 1 turns guidance off; X,Y: of the experts of high and of low noise",
+    )
+    add("--boundary", type=number, metavar="X", help="level below which the expert of low noise takes over")
     add(
         "--interval",
         type=_interval,
@@ -83,6 +98,13 @@ def _sampled(add: Callable) -> None:
     add("--history-windows", type=whole, default=1, metavar="N", help="parts of them that it sees by turns")
 
 
+def _long(add: Callable) -> None:
+    add("--prompts", type=Path, metavar="FILE", help="a prompt a line: a video each, or a segment each")
+    add("--length", type=number, metavar="SECONDS", help="of a long video, made in windows of --frames")
+    add("--overlap", type=whole, default=0, metavar="N", help="latent frames that windows share; a third")
+    add("--anchors", type=whole, default=0, metavar="N", help="first latent frames that every window keeps")
+
+
 def _made(add: Callable) -> None:
     add("--model", type=Path, metavar="DIR", help="folder of a model; default the bundled one")
     add(
@@ -90,8 +112,9 @@ def _made(add: Callable) -> None:
         type=_lora,
         action="append",
         default=[],
-        metavar="DIR[:STRENGTH]",
-        help="a LoRA, as a folder that `python -m convert` has made; repeatable; strength 1 if not given",
+        metavar="[high=|low=]DIR[:STRENGTH]",
+        help="a LoRA, as a folder that `python -m convert` has made, of both experts or one; repeatable; "
+        "strength 1 if not given",
     )
     add("--out", type=Path, default=OUT, metavar="PATH", help=".mp4 or .gif; default fvdm.mp4")
     add("--overwrite", action="store_true", help="replace files that exist")
@@ -118,14 +141,21 @@ def _bundled() -> str:
     return f"\nSettings of the bundled model where no flag says otherwise: {shown}.\n"
 
 
-def _lora(text: str) -> tuple[str, float]:
-    folder, strength = numbered(text, 1.0)
-    if not abs(strength) <= 100:
+def _lora(text: str) -> tuple[str, float | None, str]:
+    expert, equals, rest = text.partition("=")
+    expert, rest = (expert, rest) if equals and expert in ("high", "low") else ("", text)
+    folder, strength = numbered(rest, None)
+    if strength is not None and not abs(strength) <= 100:
         raise argparse.ArgumentTypeError(f"the strength of {plain(text)} is not from -100 to 100")
     if not (Path(folder) / "adapters").is_dir():
         right = f"make it: python -m convert {plain(folder)} FOLDER"
         raise argparse.ArgumentTypeError(f"{plain(folder)} is no folder with adapters; {right}")
-    return folder, strength
+    return folder, strength, expert
+
+
+def _guidance(text: str) -> float | tuple[float, float]:
+    high, comma, low = text.partition(",")
+    return (number(high), number(low)) if comma else number(text)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fvdm_jax import conditioning, sharding
 from fvdm_jax.lora import Network
-from fvdm_jax.models.dit import Prompt
+from fvdm_jax.models.dit import NO_EXTRA, Extra, Prompt
 from fvdm_jax.process import Prediction, Process, expand, mix
 from fvdm_jax.samplers import Denoiser, Sampler, advance, begin
 from fvdm_jax.shapes import Latents, Levels, Schedule, TextStates
@@ -61,6 +62,10 @@ class Looks(NamedTuple):
             return jnp.concatenate([text] * self.count)
         return jnp.concatenate([negative, text, *[negative] * (self.count - 2)])
 
+    def repeated(self, tree):
+        """What is the same in all rows, [b …], for each of them."""
+        return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * self.count), tree)
+
     def rows(self, process: Process, x: Latents, level: Levels, shown) -> list[tuple[Latents, Levels]]:
         """(x, level) of each row; history that is told of is at level `shown`, what is hidden is noise."""
         plain = [(x, level)] * (1 + self.text)
@@ -95,7 +100,7 @@ def guided(
     others = () if extra is None else (extra,)
     if negative is None:
         return steered(process, lambda x, timestep: apply(x, timestep, text, *others))
-    both, others = jnp.concatenate([negative, text]), _twice(others)
+    both, others = jnp.concatenate([negative, text]), Looks().repeated(others)
     return steered(process, lambda x, timestep: apply(x, timestep, both, *others), scale)
 
 
@@ -141,6 +146,13 @@ def _contrast(like: Latents, output: Latents, level: Levels, rescale) -> Float[A
     return rescale * ratio + (1 - rescale)
 
 
+class Told(NamedTuple):
+    """What the steps of a sampler share: the Prompt of every row, and the channels that join x's, if any."""
+
+    prompt: Prompt
+    channels: Latents | None = None
+
+
 class Generation(NamedTuple):
     """How a network generates clips, but for what may be traced: process, solver, and what it is asked.
 
@@ -152,19 +164,27 @@ class Generation(NamedTuple):
     sampler: Sampler
     looks: Looks = Looks()
 
-    def told(self, params: dict, prompts: tuple[TextStates, TextStates]) -> Prompt:
-        """What every step needs of (text, negative), each [b l e]."""
-        return self.network.told(params, self.looks.told(*prompts))
+    def told(self, params: dict, prompts: tuple[TextStates, TextStates], extra: Extra = NO_EXTRA) -> Told:
+        """What every step needs of (text, negative), each [b l e], and of `extra`, which all rows are given.
+
+        Raises ValueError where `extra` is not what the network takes.
+        """
+        conditioning.check(self.network.config, extra)
+        extra = self.looks.repeated(extra)
+        channels = extra.channels
+        if channels is not None:
+            channels = sharding.constrained(channels, sharding.CLIPS)
+        return Told(self.network.told(params, self.looks.told(*prompts), extra), channels)
 
     def begin(self, noise: Latents, canvas: Latents, schedule: Schedule) -> tuple:
         """As `samplers.begin`."""
         return begin(self.process, self.sampler, noise, canvas, schedule)
 
-    def advance(self, params: dict, prompt: Prompt, scale: Scale, carry: tuple, schedule: Schedule) -> tuple:
-        """As `samplers.advance`, by the network that is told the prompt."""
+    def advance(self, params: dict, told: Told, scale: Scale, carry: tuple, schedule: Schedule) -> tuple:
+        """As `samplers.advance`, by the network that is told so much."""
 
         def ask(x: Latents, timestep: Levels) -> Latents:
-            return self.network.velocity(params, x, timestep, prompt)
+            return self.network.velocity(params, x, timestep, told.prompt, Extra(told.channels))
 
         return advance(
             self.process, steered(self.process, ask, scale, self.looks), self.sampler, carry, schedule
@@ -174,7 +194,3 @@ class Generation(NamedTuple):
         """The clip [b f h w c]: all of it in one function, to be jitted."""
         carry = self.begin(noise, canvas, schedule)
         return self.advance(params, self.told(params, prompts), scale, carry, schedule)[0]
-
-
-def _twice(tree):
-    return jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), tree)

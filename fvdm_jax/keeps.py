@@ -72,7 +72,7 @@ class _Asked(NamedTuple):
     strength: float
 
 
-def _asked(text: str, frames: int) -> _Asked:
+def _asked(text: str, frames: int, otherwise: float) -> _Asked:
     flag, (place, equals, file) = f"--keep {text}", text.partition("=")
     match = re.fullmatch(r"(\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
     valid = f"give 0 to {frames - 1}, last, or a range such as 0-{frames - 1}, then =FILE"
@@ -86,20 +86,20 @@ def _asked(text: str, frames: int) -> _Asked:
     if max(first, last) >= frames:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
-    path, strength = numbered(file, 0.0)
+    path, strength = numbered(file, otherwise)
     if not 0 <= strength <= 1:
         what = f"the strength {file.rpartition(':')[2]} is outside 0 to 1"
         raise Refusal(flag, what, "0 keeps, 1 ignores, 0.3 loosens")
     return _Asked(flag, first, last, form, Path(path), strength)
 
 
-def placed(texts: Sequence[str], frames: int, fps: float) -> tuple[Keep, ...]:
+def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0) -> tuple[Keep, ...]:
     """What each FRAME=FILE[:STRENGTH] keeps of a video of `frames` latent frames, in the order of the frames.
 
-    Frames of clips are counted at `fps` a second. Raises Refusal, named --keep, for a bad frame, strength or
-    file, and for a frame that is given twice.
+    Where no strength is given it is `otherwise`. Frames of clips are counted at `fps` a second. Raises
+    Refusal, named --keep, for a bad frame, strength or file, and for a frame that is given twice.
     """
-    asked = [_asked(text, frames) for text in texts]
+    asked = [_asked(text, frames, otherwise) for text in texts]
     media = [_probed(one, fps) for one in asked]
     free = sum(m.kind != "image" and one.form != "range" for one, m in zip(asked, media, strict=True))
     share = max(1, frames // max(1, 2 * free))

@@ -1,8 +1,9 @@
-"""Denoised latents in a file: what a decode that fails, or another decode, starts from.
+"""Denoised latents in a file: what a decode that fails, or another decode, or a long video, starts from.
 
 Nothing here imports jax, so that a bad file is refused at once.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -80,3 +81,70 @@ def load(path: Path) -> np.ndarray:
     if not np.isfinite(latents).all():
         raise Refusal(path, "holds values that are not finite", "sample again")
     return latents
+
+
+class Reel:
+    """A file of latents [1 n h w c] that is written as a long video is made, and gone on with after a stop.
+
+    Until it is whole it has another name, `part`, beside that of the file that it becomes.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], settings: dict):
+        """Opens what a run with the same shape and settings has left, else begins anew."""
+        self._path, self._shape, self.part = path, shape, path.with_name(f"{path.name}.part")
+        self._frame = 4 * math.prod(shape[2:])
+        entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._frame * shape[1]]}
+        header = {"__metadata__": {"settings": json.dumps(settings)}, NAME: entry}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = struct.pack("<Q", len(text)) + text
+        with _named(self.part):
+            self._file = open(self.part, "r+b" if self.part.exists() else "w+b")
+            if self._file.read(len(self._head)) != self._head:
+                self._file.seek(0)
+                self._file.truncate()
+                self._file.write(self._head)
+
+    def __enter__(self) -> "Reel":
+        return self
+
+    def __exit__(self, *failure) -> None:
+        self._file.close()
+
+    @property
+    def frames(self) -> int:
+        """How many latent frames are there."""
+        return (self._file.seek(0, os.SEEK_END) - len(self._head)) // self._frame
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """The latent frames [1 k h w c] from `first` to before `last`."""
+        self._file.seek(len(self._head) + first * self._frame)
+        content = self._file.read((last - first) * self._frame)
+        return np.frombuffer(content, np.float32).reshape(1, last - first, *self._shape[2:])
+
+    def keep(self, frames: int) -> None:
+        """Forgets what comes after so many frames."""
+        self._file.truncate(len(self._head) + frames * self._frame)
+
+    def add(self, piece: np.ndarray) -> None:
+        """Adds latent frames [1 k h w c], of which what is too much is left out; they are on disk then."""
+        room = self._shape[1] - self.frames
+        with _named(self.part):
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(np.ascontiguousarray(piece[:, :room], np.float32).tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Gives the file, now whole, its name."""
+        self._file.close()
+        os.replace(self.part, self._path)
+
+
+@contextlib.contextmanager
+def _named(path: Path):
+    try:
+        yield
+    except OSError as failure:
+        what = f"cannot be written: {failure.strerror}"
+        raise Refusal(path, what, "make room, or give another --out") from failure

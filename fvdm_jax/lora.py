@@ -43,14 +43,24 @@ class Network(NamedTuple):
     remat: str = "none"
     attending: Attending = Attending()
 
-    def velocity(self, params: dict, x: Latents, timestep: Levels, text: TextStates | dit.Prompt) -> Latents:
-        """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e] or a Prompt."""
-        adapted = variables(params["dit"], params.get("adapters", []))
-        return dit.DiT(*self).apply(adapted, x, timestep, text)
+    def velocity(
+        self,
+        params: dict,
+        x: Latents,
+        timestep: Levels,
+        text: TextStates | dit.Prompt,
+        extra: dit.Extra = dit.NO_EXTRA,
+    ) -> Latents:
+        """What the transformer says of x [b f h w c] at timesteps [b f], told [b l e] or a Prompt.
 
-    def told(self, params: dict, text: TextStates) -> dit.Prompt:
-        """What every step of a sampler needs of the text [b l e], made once."""
-        return dit.told(self.config, variables(params["dit"], params.get("adapters", [])), text)
+        Of `extra` a Prompt has the image already, and only the channels are used then.
+        """
+        adapted = variables(params["dit"], params.get("adapters", []))
+        return dit.DiT(*self).apply(adapted, x, timestep, text, extra)
+
+    def told(self, params: dict, text: TextStates, extra: dit.Extra = dit.NO_EXTRA) -> dit.Prompt:
+        """What every step of a sampler needs of the text [b l e] and of the image of `extra`, made once."""
+        return dit.told(self.config, variables(params["dit"], params.get("adapters", [])), text, extra)
 
     def attention(self, over: Mesh, clip: tuple[int, int, int]) -> str:
         """How attention is computed on the mesh for clips of (f, h, w) in latents.

@@ -20,6 +20,13 @@ def free(device) -> float:
     return float("inf")
 
 
+def device() -> str:
+    """What kind of device computes."""
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
 def cache(kind: str) -> Path | None:
     """The folder of this user's cache for things of a kind; a user without a home has none."""
     with contextlib.suppress(RuntimeError):

@@ -72,7 +72,7 @@ def number(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{plain(text)!r} is not a finite number; give one, such as 5 or 0.5")
 
 
-def numbered(text: str, otherwise: float) -> tuple[str, float]:
+def numbered(text: str, otherwise: float | None) -> tuple[str, float | None]:
     """Name and number of NAME[:NUMBER], cut at the last colon, if a number follows it."""
     name, colon, tail = text.rpartition(":")
     with contextlib.suppress(ValueError):

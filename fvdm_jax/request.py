@@ -2,40 +2,27 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fvdm_jax import latents, zoo
+from fvdm_jax import latents, prompt_files, zoo
+from fvdm_jax.defaults import PATCH, SAMPLING, Defaults, defaults
 from fvdm_jax.flags import OUT, TINY, parser
 from fvdm_jax.keeps import Keep, latent, placed
 from fvdm_jax.latents import SUFFIX
+from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
 from fvdm_jax.rules import RULES, sides, strengths, texts
+from fvdm_jax.video import STRIDE
 
-WEIGHTS = ("dit", "vae", "text")
-SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
-"""The settings that a model has of its own."""
+FLAGS = ("seed", "schedule", "rescale", "history", "history_level", "history_windows", "length", "overlap",
+         "anchors")  # fmt: skip
+"""The settings that no model has of its own."""
 
-HISTORY = ("history", "history_level", "history_windows")
-LATER = ("lora", "schedule", "interval", "rescale", *HISTORY)
+LATER = ("lora", "schedule", "interval", "boundary", "preset", "still", *FLAGS[2:])
 """The settings that not all files of latents name."""
-
-PATCH = 2
-"""Latent pixels to a side of a token of the transformer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """The settings with which a model samples where the user states none, and the file that says so.
-
-    The sides of its videos are multiples of `multiple` pixels; its latents have so many `channels`.
-    """
-
-    config: Path
-    sampling: dict
-    multiple: int
-    channels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +31,11 @@ class Request:
 
     frames are pixel frames, size is (H, W) in pixels, keep holds FRAME=FILE[:STRENGTH] as given. With
     `decode`, a file of latents, it is the request that made them. `tiles` (0, 0): as memory asks for.
+    `guidance` may be two numbers, of the experts of high and of low noise, which meet at the level
+    `boundary`; `lora` are folder, strength and the expert that it is for, "" for each. With `length`, in
+    seconds, the video is made of windows of `frames`, of which each keeps `overlap` latent frames of the one
+    before, 0: a third, and the first `anchors` of the video; `segments` are the windows' prompts, the last
+    for all that follow.
     """
 
     prompt: str | None = None
@@ -56,7 +48,8 @@ class Request:
     process: str | None = None
     spacing: str | None = None
     shift: float | None = None
-    guidance: float | None = None
+    guidance: float | tuple[float, float] | None = None
+    boundary: float | None = None
     fps: float | None = None
     seed: int = 0
     model: Path = TINY
@@ -74,18 +67,35 @@ class Request:
     history: float = 1.0
     history_level: float = 0.0
     history_windows: int = 1
-    lora: tuple[tuple[str, float], ...] = ()
+    lora: tuple[tuple[str, float | None, str], ...] = ()
+    preset: str = ""
+    prompts: Path | None = None
+    length: float | None = None
+    overlap: int = 0
+    anchors: int = 0
+    still: bool = False
+    segments: tuple[str, ...] = ()
     keeps: tuple[Keep, ...] = ()
 
     @property
     def latent_frames(self) -> int:
-        """How many latent frames stand for the video."""
+        """Latent frames of the video, or of each window of a long one."""
         return latent(self.frames)
+
+    @property
+    def total(self) -> int:
+        """Latent frames of the whole video."""
+        return total(self.frames, self.length, self.fps)
+
+    @property
+    def rolls(self) -> bool:
+        """Whether a long video is made by a queue, and not in windows."""
+        return self.length is not None and self.schedule.startswith("rolling")
 
     @property
     def strength(self) -> list[float]:
         """For every latent frame how much of the path it takes part in: 0 kept … 1 generated."""
-        strength = [1.0] * self.latent_frames
+        strength = [1.0] * self.total
         for keep in self.keeps:
             strength[keep.first : keep.first + keep.count] = [keep.strength] * keep.count
         return strength
@@ -109,6 +119,11 @@ class Request:
         return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
 
 
+def total(frames: int, length: float | None, fps: float) -> int:
+    """Latent frames of a video of so many frames, or of `length` seconds, rounded up."""
+    return latent(frames) if length is None else 1 + max(0, math.ceil((length * fps - 1) / STRIDE))
+
+
 def parse(argv: Sequence[str]) -> Request:
     """The validated Request of a command line. Raises Refusal, or SystemExit after --help."""
     given = vars(parser().parse_args(argv))
@@ -117,6 +132,42 @@ def parse(argv: Sequence[str]) -> Request:
     several = {name: tuple(given[name]) for name in ("keep", "lora")}
     request = Request(**given | several | {"model": given["model"] or TINY})
     return validate(request, defaults(request.model))
+
+
+def lines(request: Request) -> list[Request]:
+    """A validated request for each video: itself, or one for each line of its file of prompts.
+
+    Those whose video is there, made with the same settings, are left out. Raises Refusal for a line that
+    cannot be.
+    """
+    if request.prompts is None or request.length is not None:
+        return [request]
+    asked, model, requests = prompt_files.read(request.prompts), defaults(request.model), []
+    for number, line in enumerate(asked, 1):
+        said = {name: value for name, value in line._asdict().items() if value is not None}
+        out = request.out.with_stem(f"{request.out.stem}-{number:0{len(str(len(asked)))}}")
+        one = dataclasses.replace(request, **said, prompts=None, out=out)
+        try:
+            one = validate(one, model, outputs=False)
+            ours = _ours(one)
+            if not (ours and one.out.exists()):
+                # What an earlier run of the same had half replaced is no stranger's.
+                one = dataclasses.replace(one, overwrite=one.overwrite or ours)
+                _check_outputs(one)
+                requests.append(one)
+        except Refusal as refusal:
+            where = f"{request.prompts}, video {number}: {refusal.where}"
+            raise Refusal(where, refusal.what, refusal.right) from refusal
+    return requests
+
+
+def _ours(request: Request) -> bool:
+    """Whether the settings that lie there, the first of its outputs to be whole, are the request's."""
+    try:
+        told = json.loads(request.outputs[-1].read_text("utf-8"))
+        return told.items() >= request.settings.items()
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 FOR_DECODE = ("decode", "model", "out", "fps", "tiles", "overwrite", "debug")
@@ -142,86 +193,61 @@ def _stored(given: dict) -> Request:
         raise Refusal("--fps", f"{chosen['fps']} {wrong[0]}", wrong[1])
     spatial = model.multiple // PATCH
     height, width = (side // spatial for side in told["size"])
-    shape = (1, latent(told["frames"]), height, width, model.channels)
+    frames = total(told["frames"], told["length"], told["fps"])
+    shape = (1, frames, height, width, model.channels)
     if saved.shape != shape or len(told["strength"]) != shape[1]:
         what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
         raise Refusal(given["decode"], what, "give the model that made them with --model")
     keeps = (Keep(i, 1, Path(), "image", s) for i, s in enumerate(told["strength"]) if s < 1)
-    values = {name: told[name] for name in (*RULES, "size", "keep")} | {
-        k: told[k] for k in ("lora", "interval")
-    }
+    values = {name: told[name] for name in (*RULES, "size", "keep", "lora", "interval", "preset", "still")}
+    # Decoding knows no windows.
+    values |= {"frames": 1 + STRIDE * (frames - 1), "length": None}
     request = Request(**values | {"model": model.config.parent, "keeps": tuple(keeps)} | chosen)
     _check_outputs(request)
     return request
 
 
-def defaults(folder: Path) -> Defaults:
-    """What the config.json of a model's folder says of sampling. Raises Refusal, named --model."""
-    config = folder / "config.json"
-    try:
-        stored = json.loads(config.read_text("utf-8"))
-        if not isinstance(stored, dict):
-            raise TypeError("no object")
-        _check_parts(folder, stored)
-        sampling, vae = dict(stored["sampling"]), stored["vae"]
-        multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
-        return Defaults(config, sampling, multiple, int(vae["latent"]))
-    except OSError as failure:
-        what = f"{config} cannot be read: {failure.strerror}"
-    except (KeyError, TypeError):
-        what = f"{config} has no settings under 'sampling' or no 'vae'"
-    except (ValueError, RecursionError):
-        what = f"{config} is not JSON"
-    raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
+def validate(request: Request, model: Defaults, outputs: bool = True) -> Request:
+    """The Request completed from preset and model, its keeps placed. Raises Refusal; changes nothing.
 
-
-def _check_parts(folder: Path, stored: dict) -> None:
-    """Raises Refusal unless the config is of a model that can be sampled, and all its weights are there."""
-    if {"dit_high", "dit_low"} & stored.keys():
-        what = f"{folder} holds one or both of two experts, which cannot be sampled yet"
-        raise Refusal("--model", what, "give a model with one transformer")
-    if absent := [name for name in WEIGHTS if name not in stored]:
-        what = f"{folder} has no {' and no '.join(absent)}"
-        raise Refusal("--model", what, f"convert {', '.join(WEIGHTS)} of a model into one folder")
-    dit, vae, text = (stored[name] for name in WEIGHTS)
-    if dit["channels_in"] > dit["channels_out"]:
-        what = f"{folder} is Wan's own image-to-video network, which cannot be sampled yet"
-        raise Refusal("--model", what, "give a text-to-video model; --keep makes it image-to-video")
-    for what, ours, theirs in (
-        ("latent channels", dit["channels_out"], vae["latent"]),
-        ("wide text states", dit["text_width"], text["width"]),
-    ):
-        if ours != theirs:
-            what = (
-                f"{folder} is of two models: its transformer has {ours} {what}, and the other part {theirs}"
-            )
-            raise Refusal("--model", what, "convert the parts of one model into one folder")
-    for name in WEIGHTS:
-        if not (folder / name).is_dir() and not (folder / f"{name}.safetensors").is_file():
-            what = f"{folder} has no {name}.safetensors and no folder {name}"
-            raise Refusal("--model", what, "give a folder with all its files")
-
-
-def validate(request: Request, model: Defaults) -> Request:
-    """The Request completed from the model's settings, its keeps placed. Raises Refusal; changes nothing.
-
-    In this order: values, files (images whole, clips by their header), and that the outputs can be written.
+    In this order: values, files (images whole, clips by their header), and that the `outputs` can be written.
     """
+    request, kept = _preset(request, model)
     filled, where = _filled(request, model)
     for name, rule in (RULES | {"size": sides(model.multiple)}).items():
-        if wrong := rule(getattr(filled, name)):
+        if name in where and (wrong := rule(getattr(filled, name))):
             value = getattr(filled, name)
             shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
             raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
-    complete = dataclasses.replace(filled, keeps=placed(filled.keep, filled.latent_frames, filled.fps))
+    _check_experts(filled, model, where["guidance"])
+    keeps = placed(filled.keep, filled.latent_frames, filled.fps, kept)
+    complete = dataclasses.replace(filled, keeps=keeps)
     if complete.schedule.endswith(".json"):
         try:
-            zoo.levels(complete.schedule, (), complete.strength)
+            zoo.levels(complete.schedule, (), complete.strength[: complete.latent_frames])
         except ValueError as wrong:
             raise Refusal("--schedule", str(wrong)) from wrong
-    if not complete.explain:
+    _check_pictures(complete, model)
+    complete = _windows(complete, model)
+    several = complete.prompts is not None and complete.length is None
+    if outputs and not complete.explain and not several:
         _check_outputs(complete)
     return complete
+
+
+def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
+    """The Request with what its preset sets and no flag says, and the strength of a keep that states none."""
+    preset = dict(PRESETS[request.preset]) if request.preset else {}
+    strengths, kept = preset.pop("strengths", ()), preset.pop("kept", 0.0)
+    if len(model.transformers) == 1:
+        preset.pop("boundary", None)
+    values = {name: value for name, value in preset.items() if getattr(request, name) is None}
+    lora = []
+    for folder, strength, expert in request.lora:
+        usual = strengths[min(len(lora), len(strengths) - 1)] if strengths else 1.0
+        lora.append((folder, usual if strength is None else strength, expert))
+    # Wan's own I2V networks take pictures as they are.
+    return dataclasses.replace(request, **values, lora=tuple(lora)), 0.0 if model.pictures else kept
 
 
 def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]:
@@ -229,12 +255,10 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     if request.keep and request.prompt is None:
         # The model's example tells of a video of its own, not of what was given.
         request = dataclasses.replace(request, prompt="")
-    if strange := sorted(set(model.sampling) - set(SAMPLING)):
-        right = f"it may hold {', '.join(SAMPLING)}"
-        raise Refusal(model.config, f"'sampling' holds {plain(strange[0])}", right)
-    values, where = {}, {"seed": "--seed", "schedule": "--schedule", "rescale": "--rescale"}
-    where |= {name: f"--{name.replace('_', '-')}" for name in HISTORY}
-    for name in SAMPLING:
+    values, where = {}, {name: f"--{name.replace('_', '-')}" for name in FLAGS}
+    if request.length is None:
+        del where["length"]
+    for name in (*SAMPLING, "boundary"):
         where[name] = f"--{name}"
         if getattr(request, name) is None:
             where[name] = f"{model.config}: sampling.{name}"
@@ -243,6 +267,67 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
             value = model.sampling[name]
             values[name] = tuple(value) if isinstance(value, list) else value
     return dataclasses.replace(request, **values), where
+
+
+def _check_experts(request: Request, model: Defaults, guidance: str) -> None:
+    """Raises Refusal where something is asked of an expert, and the model has none."""
+    if len(model.transformers) > 1:
+        return
+    if isinstance(request.guidance, tuple):
+        what = f"{','.join(map(str, request.guidance))} is of two experts, and the model has one transformer"
+        raise Refusal(guidance, what, "give one number")
+    if named := [folder for folder, _, expert in request.lora if expert]:
+        what = f"{plain(named[0])} is for one of two experts, and the model has one transformer"
+        raise Refusal("--lora", what, "leave out high= or low=")
+
+
+def _check_pictures(request: Request, model: Defaults) -> None:
+    """Raises Refusal unless Wan's own I2V networks, which take no strength, have the pictures they need."""
+    if not model.pictures:
+        return
+    needed = {0, *([request.latent_frames - 1] if model.pictures == 2 else [])}
+    held = {frame for keep in request.keeps for frame in (keep.first, keep.first + keep.count - 1)}
+    if absent := needed - held:
+        place = "last" if min(absent) else "0"
+        what = f"{place}=FILE is missing: {model.config.parent} makes a video of given pictures"
+        raise Refusal("--keep", what, "give the first one" + " and the last" * (model.pictures == 2))
+    if any(keep.strength for keep in request.keeps):
+        what = f"has a strength, and {model.config.parent} takes pictures as they are"
+        raise Refusal("--keep", what, "leave the strength out")
+
+
+def _windows(request: Request, model: Defaults) -> Request:
+    """The Request with the overlap that a long video's windows have.
+
+    Raises Refusal where there can be no such windows.
+    """
+    if request.length is None:
+        if request.overlap or request.anchors:
+            raise Refusal("--overlap, --anchors", "are of long videos", "give --length with them")
+        return request
+    window, queue = request.latent_frames, request.rolls
+    for wrong, what, right in (
+        (model.pictures, f"cannot be of {model.config.parent}, which begins with a picture", "give another"),
+        (any(map(bool, request.tiles)), "is not decoded in tiles", "leave --tiles out"),
+        (any(keep.first + keep.count == window for keep in request.keeps), "has no last frame to be kept",
+         "keep frames of its beginning"),
+        (queue and len(model.transformers) > 1, "by a queue is not for two experts", "take no --schedule"),
+        (queue and (request.keeps or request.anchors or request.prompts), "by a queue keeps nothing, and has "
+         "one prompt", "take no --schedule"),
+    ):  # fmt: skip
+        if wrong:
+            raise Refusal("--length", what, right)
+    if request.total < window:
+        seconds = f"{(1 + STRIDE * (window - 1)) / request.fps:.3g} seconds"
+        what = f"{request.length:g} is less than a window of {request.frames} frames, {seconds}"
+        raise Refusal("--length", what, "give more, or fewer --frames")
+    overlap = request.overlap or max(1, window // 3)
+    if not overlap + request.anchors < window:
+        what = f"{overlap} and {request.anchors} leave nothing of a window of {window} latent frames"
+        raise Refusal("--overlap, --anchors", what, f"together at most {window - 1}")
+    told = [line.prompt for line in prompt_files.read(request.prompts)] if request.prompts else [None]
+    segments = tuple(request.prompt if prompt is None else prompt for prompt in told)
+    return dataclasses.replace(request, overlap=overlap, segments=segments)
 
 
 def _check_outputs(request: Request) -> None:

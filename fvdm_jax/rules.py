@@ -91,6 +91,16 @@ def _schedule(value):
         return f"cannot be: {what}", right
 
 
+def _guidance(value):
+    rule = between(0, 100, "; 1 turns guidance off, two, as 4,3, are of the experts of high and low noise")
+    both = isinstance(value, tuple | list) and len(value) == 2
+    return next(filter(None, map(rule, value if both else (value,))), None)
+
+
+def _if_any(rule: Rule) -> Rule:
+    return lambda value: None if value is None else rule(value)
+
+
 RULES: dict[str, Rule] = {
     "prompt": _text,
     "negative": _text,
@@ -101,11 +111,15 @@ RULES: dict[str, Rule] = {
     "spacing": _one_of(SPACINGS),
     "schedule": _schedule,
     "shift": between(0.01, 1000, "; 1 spaces the steps evenly"),
-    "guidance": between(0, 100, "; 1 turns guidance off"),
+    "guidance": _guidance,
+    "boundary": _if_any(between(0, 1)),
     "rescale": between(0, 1),
     "history": between(0, 100, "; 1 turns it off"),
     "history_level": between(0, 1),
     "history_windows": whole_from(1, 64),
+    "length": _if_any(between(0.01, 1e6)),
+    "overlap": whole_from(0, 10_000),
+    "anchors": whole_from(0, 10_000),
     "fps": between(0.1, 240),
     "seed": whole_from(0, 2**64 - 1),
 }

@@ -72,3 +72,18 @@ def schedule(sigmas: Sigmas, strength: Strength, delay: Sequence[int] | np.ndarr
         )
     done = zoo.delayed(np.broadcast_to(delay, (frames,)), last)
     return jnp.asarray(strength, jnp.float32) * jnp.asarray(sigmas, jnp.float32)[done]
+
+
+def switch(levels: Sigmas | Schedule, boundary: float) -> int:
+    """How many steps the high-noise expert takes: those that begin at a global level of `boundary` or more.
+
+    `levels` are of one frame, or a schedule [s + 1, f] of frames of strength 1, and 0 for those kept bit for
+    bit: what is kept loosely has no say, as `strength > 0` in place of strength makes sure. The global level
+    is the largest of any frame; since levels only fall, all later steps are the low-noise expert's. Raises
+    ValueError unless 0 ≤ boundary ≤ 1. Source: Wan 2.2 (timestep ≥ 1000·boundary), Pusa (low below 875).
+    """
+    if not 0 <= boundary <= 1:
+        raise ValueError(f"boundary is {boundary}; give a level from 0 to 1, as 0.875 for timestep 875")
+    begun = np.asarray(levels, np.float32)[:-1].reshape(len(levels) - 1, -1)
+    # A level of 0.9 is in float32 less than 0.9 in float64.
+    return int(np.sum(begun.max(1) >= np.float32(boundary)))

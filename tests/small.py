@@ -44,6 +44,5 @@ def drawn(abstract) -> dict:
 
 def save(folder: Path) -> None:
     """Writes the model to a folder."""
-    trees = {name: abstract(getattr(NETWORKS, name)) for name, (_, abstract) in checkpoint.KINDS.items()}
-    params = {name: drawn(tree) for name, tree in trees.items()}
+    params = {name: drawn(checkpoint.KINDS[name][1](getattr(NETWORKS, name))) for name in NETWORKS.there}
     checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})

@@ -15,22 +15,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
-    7: "sample data.job data.encoder data.precompute measures export previews runs train_request train"
+    7: "given projector studio sample data.job data.encoder data.precompute measures export previews runs train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
     " evaluating.table evaluating.vbench evaluate",
     6: "guidance rollout checkpoint prompts training held_out config trainer sampling",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
-    " planning.estimates",
+    " planning.estimates conditioning",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
-    " planning.published progress media clips decode video keeps latents zoo rules flags request explain"
-    " sharding"
-    " process schedule tasks levels weights optimisers models.tokenizer data.textures data.source metrics"
-    " sight judge data.folder data.records"
-    " data.pipeline data.feed data.captions data.corpus data.cutting",
+    " planning.published progress media clips decode video keeps latents zoo rules presets prompt_files"
+    " defaults flags request explain sharding process schedule tasks levels weights optimisers"
+    " models.tokenizer data.textures data.source metrics sight judge data.folder data.records data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }
 PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}
@@ -175,7 +173,8 @@ def test_the_flags_are_those_agreed():
     assert sorted(parser()._option_string_actions) == sorted(
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
         " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention"
-        " --schedule --interval --rescale --history --history-level --history-windows".split()
+        " --schedule --interval --rescale --history --history-level --history-windows --preset --spacing"
+        " --boundary --still --prompts --length --overlap --anchors".split()
     )
 
 

@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from fvdm_jax import programs
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import parse
-from fvdm_jax.sample import generate
+from fvdm_jax.studio import Studio
 
 CONFIG = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 FIRST = "compiling double (3) for cpu: for the first time here"
@@ -156,7 +156,7 @@ def test_the_oldest_times_are_forgotten(tmp_path, monkeypatch):
 def test_a_second_run_of_the_sampler_says_nothing(folder, model, tmp_path, capfd):
     request, said = parse(["--model", str(model), "--out", str(tmp_path / "out.mp4")]), []
     for _ in range(2):
-        generate(request, Stages())
+        Studio([request], Stages()).clip(request)
         said.append([line for line in capfd.readouterr().err.splitlines() if "denoise" in line])
     (line,), second = said
     assert re.fullmatch(r"compiling denoise \(3x4x6\) for .*cpu: for the first time here", line)

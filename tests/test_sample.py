@@ -17,8 +17,10 @@ from PIL import Image
 from fvdm_jax import checkpoint, latents, video
 from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
+from fvdm_jax.projector import Projector
 from fvdm_jax.request import TINY, parse
-from fvdm_jax.sample import _key, generate, main, pictures
+from fvdm_jax.sample import main
+from fvdm_jax.studio import Studio, key
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +57,7 @@ def test_a_video_a_sheet_and_every_setting(sample):
     stages = ["load", "compile", "text", "denoise", "decode", "write"]
     assert sorted(record["seconds"]) == sorted(stages) and min(record["seconds"].values()) > 0
     assert record["versions"]["jax"] == jax.__version__ and record["device"]
-    assert "note: --prompt has 26 tokens and is cut to the model's 24" in errors and "denoise" in errors
+    assert "has 26 tokens and is cut to the model's 24" in errors and "denoise" in errors
 
 
 def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
@@ -68,15 +70,14 @@ def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
 
 def test_small_seeds_are_jaxs():
     for seed in (0, 1, 2**32 - 1):
-        assert np.array_equal(jax.random.key_data(_key(seed)), jax.random.key_data(jax.random.key(seed)))
+        assert np.array_equal(jax.random.key_data(key(seed)), jax.random.key_data(jax.random.key(seed)))
 
 
 def shown(*argv: str) -> np.ndarray:
     """The pictures [t H W 3] of what these flags ask for, before they are written."""
     request = parse(argv)
-    made = generate(request, Stages())
-    networks, params = checkpoint.load(request.model, ("vae",))
-    return np.stack(list(pictures(request, networks, params, made, Stages())))
+    made = Studio([request], Stages()).clip(request)
+    return np.stack(list(Projector(Stages()).pictures(request, [made])))
 
 
 def reconstructed(model: Path, pixels: np.ndarray) -> np.ndarray:
@@ -159,7 +160,7 @@ def test_tiles_are_announced(sample, monkeypatch):
 
 def test_little_memory_brings_tiles(sample, monkeypatch):
     # Room for one of the smaller tiles: what a whole frame needs is more.
-    monkeypatch.setattr("fvdm_jax.sample.machine.free", lambda device: 1.0)
+    monkeypatch.setattr("fvdm_jax.projector.machine.free", lambda device: 1.0)
     monkeypatch.setattr("fvdm_jax.models.streaming.OVERLAP", 1)
     code, _, errors = sample("--out", "one.mp4")
     assert code == 0 and "since whole ones do not fit in the 0.0 GiB that are free" in errors

@@ -53,26 +53,6 @@ def test_every_step_agrees_with_the_reference_solver(name, run):
     np.testing.assert_allclose(ours[1:], golden, rtol=0, atol=2e-6)
 
 
-def test_a_step_of_pusa_with_a_level_for_each_frame():
-    x, v, golden = (
-        rearrange(TORCH[f"pusa_step/{part}"], "b c f h w -> b f h w c") for part in ("x", "v", "out")
-    )
-    table = pusa(10)
-    index = np.abs(1000 * table[:, None] - TORCH["pusa_step/t"]).argmin(0)
-    now, then = (jnp.asarray(table[np.minimum(index + later, 10)])[None] for later in (0, 1))
-    ours = sample(flow, lambda x, level: flow.read(x, v, level), euler, x, x, jnp.concatenate([now, then]))
-    np.testing.assert_allclose(ours, golden, rtol=0, atol=1e-6)
-    assert np.array_equal(ours[:, 0], golden[:, 0])
-
-
-def test_the_kept_frame_of_pusas_trajectory():
-    golden = np.load(GOLDEN / "pusa.npz")
-    noise, canvas = (jnp.asarray(np.moveaxis(golden[f"sample/{part}"], 1, -1)) for part in ("noise", "z0"))
-    rows = schedule(pusa(4), jnp.array([0.0, 1.0, 0.5]))
-    ours = sample(flow, lambda x, level: flow.read(x, jnp.sin(x), level), euler, noise, canvas, rows)
-    assert np.array_equal(ours[:, 0], np.moveaxis(golden["sample/traj"][-1], 1, -1)[:, 0])
-
-
 @SOLVERS
 def test_the_exact_velocity_brings_noise_to_data_through_the_right_marginals(sampler):
     clean, noise = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 4, 3, 3, 1)), jnp.float32)

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fvdm_jax.process import flow
-from fvdm_jax.schedule import SPACINGS, ddpm, pusa, schedule, sigmas
+from fvdm_jax.schedule import SPACINGS, ddpm, pusa, schedule, sigmas, switch
+from fvdm_jax.zoo import ZOO, delayed, levels
 
 GOLDEN = Path(__file__).parent / "golden"
 TABLES = load_file(GOLDEN / "schedulers.safetensors")
@@ -31,16 +32,6 @@ def test_wans_truncated_timesteps_are_one_line(steps):
     for shift in (1, 3, 5, 8, 12, 16):
         golden = TABLES[f"table/off_unipc/N{steps}_s{shift}/timesteps"]
         assert np.array_equal(truncating.timestep(jnp.asarray(sigmas(steps, shift)[:-1])), golden)
-
-
-def test_pusas_rounded_timesteps_are_one_line():
-    """For strengths 0, ½ and 1; for others Pusa rounds once more, before the multiplication."""
-    rounding = flow._replace(
-        timestep=lambda level: jnp.floor((1000 * level).astype(jnp.bfloat16).astype(jnp.float32))
-    )
-    golden = np.load(GOLDEN / "pusa.npz")["sample/tvec"][:, 0]
-    rows = schedule(pusa(4), jnp.array([0.0, 1.0, 0.5]))
-    assert np.array_equal(rounding.timestep(rows[:-1]), golden)
 
 
 def test_lightnings_four_steps_are_pusas():
@@ -110,3 +101,34 @@ def test_strength_may_be_traced():
 def test_impossible_delays_are_refused(delay):
     with pytest.raises(ValueError, match="3 whole numbers from 0"):
         schedule(pusa(4), jnp.ones(3), delay)
+
+
+@pytest.mark.parametrize("boundary", [0.0, 0.5, 0.875, 0.9, 1.0])
+@pytest.mark.parametrize("name", ZOO)
+def test_the_experts_change_once_and_kept_frames_have_no_say(name, boundary):
+    table = pusa(14)
+    high = switch(levels(name, table, np.ones(5)), boundary)
+    strength = np.array([0, 1, 0.2, 1, 0, 0.9, 1, 0])
+    rows = levels(name, table, (strength > 0).astype(np.float32))
+    assert switch(rows, boundary) == high and len(rows) == len(levels(name, table, strength))
+    begun = rows[:-1].max(1)
+    # 0.9 is a level of this table, and one that float32 has not.
+    assert np.all(begun[:high] > boundary - 1e-6) and np.all(begun[high:] < boundary - 1e-6)
+
+
+@pytest.mark.parametrize("shift", [1, 5, 12])
+@pytest.mark.parametrize("spacing", [sigmas, pusa])
+def test_experts_change_where_wans_and_pusas_timesteps_say(spacing, shift):
+    for steps, boundary in [(n, b) for n in range(1, 61) for b in (0.5, 0.875, 0.9)]:
+        table = spacing(steps, shift)
+        timesteps = table[:-1] * np.float32(1000)
+        high = switch(table, np.float64(boundary))
+        assert high == np.sum(timesteps >= 1000 * boundary) == np.sum(np.trunc(timesteps) >= 1000 * boundary)
+        # The last frame to begin keeps the high expert at work.
+        assert switch(table[delayed([0, 3, 5], steps)], boundary) == (high and high + 5)
+
+
+@pytest.mark.parametrize("boundary", [875, -0.1, np.nan])
+def test_impossible_boundaries_are_refused(boundary):
+    with pytest.raises(ValueError, match="boundary is .*give a level from 0 to 1"):
+        switch(pusa(4), boundary)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fvdm_jax.data.cutting import Cut
+from fvdm_jax.defaults import PATCH
+from fvdm_jax.flags import TINY
 from fvdm_jax.program import Parser, Refusal, number, plain, whole
-from fvdm_jax.request import PATCH, TINY
 from fvdm_jax.rules import RULES, Rule, between, sides, whole_from
 
 PARTS = ("vae", "text")

@@ -7,7 +7,7 @@ the whole clip up to rounding. Frames split over devices, by their sharding, sta
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -133,13 +133,24 @@ class Stream:
         """
         if (clip.shape[1] - 1) % self._length:
             raise ValueError(f"the clip has {clip.shape[1]} frames; give 1 + {self._length}n")
-        ready, memory = self._begin(self._params, self._placed(clip[:, :1]))
-        for i in range(1, clip.shape[1], self._length):
-            later = self._placed(clip[:, i : i + self._length])
-            coming, memory = self._proceed(self._params, later, memory)
+        ends = range(1, clip.shape[1] + 1, self._length)
+        return self.each(clip[:, max(0, end - self._length) : end] for end in ends)
+
+    def each(self, pieces: Iterable) -> Iterator:
+        """The result for each of the pieces [b t …] of one clip, which may come one by one.
+
+        The first is a picture or a latent frame, the others are of the length that the VAE joins.
+        """
+        ready = None
+        for piece in pieces:
+            if ready is None:
+                ready, memory = self._begin(self._params, self._placed(piece))
+                continue
+            coming, memory = self._proceed(self._params, self._placed(piece), memory)
             yield ready
             ready = coming
-        yield ready
+        if ready is not None:
+            yield ready
 
     def _placed(self, x):
         return jax.device_put(x, self._later.sharding)

@@ -1,0 +1,220 @@
+"""A model that is ready to sample: loaded and compiled once, for any number of videos of one size."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fvdm_jax import checkpoint, lora, machine, programs, rollout, sampling, sharding, zoo
+from fvdm_jax.defaults import defaults
+from fvdm_jax.given import Given
+from fvdm_jax.guidance import Generation, Looks, Weights
+from fvdm_jax.kernels.parallel import Attending
+from fvdm_jax.models.dit import NO_EXTRA, Extra
+from fvdm_jax.process import PROCESSES
+from fvdm_jax.progress import Stages
+from fvdm_jax.prompts import Reader
+from fvdm_jax.request import Request
+from fvdm_jax.samplers import SAMPLERS
+from fvdm_jax.schedule import SPACINGS, switch
+from fvdm_jax.shapes import Latents, Schedule
+from fvdm_jax.tasks import Task, text_to_video
+
+ROOM = 1.5
+"""How many times what an expert takes must be free for the other one to be loaded beside it."""
+
+
+class Studio:
+    """Samples what requests of one model and size ask for, by programs that are compiled once.
+
+    Which these are depends on size, solver, and whether there is guidance: prompts, what is kept, schedules,
+    weights and the strengths of LoRAs are data.
+    """
+
+    def __init__(self, requests: list[Request], stages: Stages):
+        """`requests` are all that will come, as of `request.lines`; they differ in prompt, seed and keeps."""
+        self._stages, request = stages, requests[0]
+        with stages("load"):
+            machine.keep_compiled_programs()
+            machine.keep_memory()
+            self._model = defaults(request.model)
+            config = checkpoint.network(request.model, self._model.transformers[0])
+            self.networks = checkpoint.describe(request.model, ("vae", "text"))
+            height, width = (side // self.networks.vae.spatial for side in request.size)
+            self._shape = (1, request.latent_frames, height, width, self.networks.vae.latent)
+            network = lora.Network(config, attending=Attending(request.attention))
+            looks = Looks(any(map(guided, requests)), request.history_windows if request.history != 1 else 0)
+            self._over, attention = sampling.mesh(request.mesh, network, self._shape[1:4], looks.count)
+        sizes = ", ".join(f"{name} {size}" for name, size in self._over.shape.items() if size > 1)
+        stages.say(f"attention by {attention}" + (f"; devices: {sizes}" if sizes else ""))
+        generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], looks)
+        self._config, self._programs = config, sampling.programs(generation, self._over)
+        self._reader = Reader(request.model, self.networks, stages, machine.cache("text"))
+        self._given = Given(request, dataclasses.replace(self.networks, dit=config), stages)
+        self._compiled: dict[object, Callable] = {}
+        self._held: dict[str, dict] = {}
+        self._read: dict[str, np.ndarray] = {}
+
+    def shape(self, frames: int) -> tuple[int, ...]:
+        """The shape of a clip of so many latent frames, [1 f h w c]."""
+        return 1, frames, *self._shape[2:]
+
+    def clip(self, request: Request) -> np.ndarray:
+        """The denoised latents, float32 [1 f h w c] on the host, of a video that is made at once."""
+        if self._model.pictures:
+            task, extra = text_to_video(self._shape), self._given.extra(request, self._model.pictures)
+        else:
+            task, extra = self._given.task(request, self._shape), NO_EXTRA
+        self._stages.expect("denoise", len(rows(request, task.strength)) - 1)
+        return np.asarray(self._denoised(request, request.prompt, task, self._noise(request.seed), extra))
+
+    def windows(self, request: Request, past: np.ndarray | None) -> Iterator[np.ndarray]:
+        """The latents [1 k h w c] of a long video as they become final, window by window.
+
+        `past` are latents of whole windows that are there already. The last piece may go beyond the end.
+        """
+        frames, seam = request.latent_frames, rollout.Seam(request.overlap, 0.0, request.anchors)
+        new = frames - request.overlap - request.anchors
+        count = 1 + -(-(request.total - frames) // new)
+        done = 0 if past is None else 1 + (past.shape[1] - frames) // new
+        later = rows(request, np.repeat([0.0, 1.0], [frames - new, new]))
+        first = len(rows(request, request.strength[:frames])) - 1
+        calls = (count - max(1, done)) * (len(later) - 1) + (0 if done else first)
+        self._stages.expect("denoise", calls)
+
+        def generate(task: Task, i: int) -> Latents:
+            prompt = request.segments[min(i, len(request.segments) - 1)]
+            return self._denoised(request, prompt, task, self._noise(request.seed, i))
+
+        start = self._given.task(request, self._shape)
+        return map(np.asarray, rollout.windows(generate, start, count, seam, past))
+
+    def queue(self, request: Request) -> Iterator[np.ndarray]:
+        """The latents [1 1 h w c] of a video without end, frame by frame, by a queue in one window.
+
+        Of the window those `request.overlap` frames that are last clean are kept in sight.
+        """
+        q = request.latent_frames - request.overlap
+        self._stages.expect("denoise", request.steps + (request.total - 1) * request.steps // q)
+        params = self._transformer(self._model.transformers[0], request)
+        inputs = params, self._told(params, request.prompt, request.negative), self._put(weights(request, 0))
+
+        def noise(i: int) -> Latents:
+            drawn = jax.random.fold_in(key(request.seed), i)
+            return self._put(jax.random.normal(drawn, self.shape(1)))
+
+        def advance(carry: tuple, schedule: Schedule) -> tuple:
+            return self._stepped(inputs, carry, self._put(jnp.asarray(schedule)))
+
+        sigmas = SPACINGS[request.spacing](request.steps, request.shift)
+        begin, frames = self._programs.begin, request.latent_frames
+        return map(np.asarray, rollout.rolling(begin, advance, noise, sigmas, frames, request.overlap))
+
+    def _noise(self, seed: int, window: int = 0) -> Latents:
+        """The noise of a window; that of the first is a short video's."""
+        drawn = jax.random.fold_in(key(seed), window) if window else key(seed)
+        return jax.random.normal(drawn, self._shape)
+
+    def _denoised(self, request: Request, prompt: str, task: Task, noise: Latents, extra=NO_EXTRA) -> Latents:
+        """What the model's transformers, one after the other, make of the noise, [1 f h w c]."""
+        levels = rows(request, task.strength)
+        # Experts change by the level of what is generated, whatever a kept frame's is.
+        high = switch(rows(request, np.sign(task.strength)), request.boundary)
+        parts = [levels] if len(self._model.transformers) == 1 else [levels[: high + 1], levels[high:]]
+        noise, canvas, levels = self._put((noise, task.canvas, jnp.asarray(levels)))
+        with jax.set_mesh(self._over):
+            carry = self._programs.begin(noise, canvas, levels)
+        for i, (name, part) in enumerate(zip(self._model.transformers, parts, strict=True)):
+            if len(part) > 1:
+                params = self._transformer(name, request)
+                told = self._told(params, prompt, request.negative, self._put(extra))
+                inputs = params, told, self._put(weights(request, i))
+                carry = self._stepped(inputs, carry, self._put(jnp.asarray(part)))
+        return carry[0]
+
+    def _stepped(self, inputs: tuple, carry: tuple, schedule: Schedule) -> tuple:
+        """The carry after the steps of the schedule: a step is one program, whatever their number."""
+        what = f"denoise ({'x'.join(map(str, self._shape[1:4]))})"
+        with jax.set_mesh(self._over):
+            step = self._program(what, self._programs.advance, *inputs, carry, schedule[:2])
+            for s in range(len(schedule) - 1):
+                with self._stages("denoise"):
+                    carry = jax.block_until_ready(step(*inputs, carry, schedule[s : s + 2]))
+                    self._stages.step()
+        return carry
+
+    def _told(self, params: dict, prompt: str, negative: str, extra: Extra = NO_EXTRA):
+        """What the steps need of prompts and pictures, made once."""
+        inputs = params, self._put((self._states(prompt), self._states(negative))), extra
+        with jax.set_mesh(self._over):
+            told = self._program("prompt", self._programs.told, *inputs)
+            with self._stages("text"):
+                return told(*inputs)
+
+    def _states(self, prompt: str) -> np.ndarray:
+        """States [1 l e] of a prompt, read once."""
+        if prompt not in self._read:
+            if (count := self._reader.count(prompt)) > self._reader.length:
+                cut = f"{count} tokens and is cut to the model's {self._reader.length}"
+                self._stages.say(f"note: the prompt {prompt[:40]!r}… has {cut}")
+            with self._stages("text"):
+                self._read[prompt] = self._reader.states(prompt)[None]
+        return self._read[prompt]
+
+    def _transformer(self, name: str, request: Request) -> dict:
+        """A transformer and its LoRAs, on the devices; the other expert makes room where it has to."""
+        if name not in self._held:
+            with self._stages("load"):
+                bytes_held = sum(leaf.nbytes for leaf in jax.tree.leaves(self._held)) / self._over.size
+                if machine.free(jax.devices()[0]) < ROOM * bytes_held:
+                    self._held.clear()
+                params = checkpoint.load_transformer(request.model, name)
+                adapters = [
+                    (checkpoint.load_adapters(Path(folder), params), strength)
+                    for folder, strength, expert in request.lora
+                    if expert in ("", name.removeprefix("dit_"))
+                ]
+                both = {"dit": params, "adapters": adapters}
+                self._held[name] = sampling.placed(self._over, both, self._config)
+        return self._held[name]
+
+    def _program(self, what: str, function: Callable, *inputs) -> Callable:
+        """The jitted function compiled for inputs of these shapes, under the name `what`."""
+        leaves, tree = jax.tree.flatten(inputs)
+        known = what, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        if known not in self._compiled:
+            with self._stages("compile"):
+                lowered = function.lower(*inputs)
+                self._compiled[known] = programs.compiled(self._stages.say, lowered, what)
+        return self._compiled[known]
+
+    def _put(self, tree):
+        """Arrays that are whole on every device."""
+        return jax.device_put(tree, sharding.replicated(self._over))
+
+
+def rows(request: Request, strength) -> zoo.Matrix:
+    """The level of every frame of a window at every step, [s + 1 f], where they take part so much, [f]."""
+    sigmas = SPACINGS[request.spacing](request.steps, request.shift)
+    return zoo.levels(request.schedule, sigmas, np.asarray(strength))
+
+
+def guided(request: Request) -> bool:
+    """Whether the network is asked of the prompt and of the negative one."""
+    told = request.segments or (request.prompt,)
+    return request.guidance not in (1, (1, 1)) and any(prompt != request.negative for prompt in told)
+
+
+def weights(request: Request, expert: int) -> Weights:
+    """How strongly an expert is made to listen, float32."""
+    text = request.guidance[expert] if isinstance(request.guidance, tuple) else request.guidance
+    given = Weights(text, request.history, request.history_level, *request.interval, request.rescale)
+    return jax.tree.map(jnp.float32, given)
+
+
+def key(seed: int):
+    """jax.random.key of a seed of 64 bits, of which jax by itself takes 32."""
+    return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))
