@@ -28,7 +28,8 @@ FLOORS = {
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
     " planning.published progress media clips decode video keeps latents zoo rules presets prompt_files"
     " defaults flags request explain sharding process schedule tasks levels weights optimisers"
-    " models.tokenizer data.textures data.source metrics sight judge data.folder data.records data.pipeline data.feed data.captions data.corpus data.cutting",
+    " models.tokenizer data.textures data.source metrics sight judge data.folder data.records"
+    " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }
 PLACE = {name: (floor, place) for floor, names in FLOORS.items() for place, name in enumerate(names.split())}
