@@ -15,7 +15,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
-    7: "given projector studio sample data.job data.encoder data.precompute measures export previews runs train_request train"
+    7: "given projector studio sample data.job data.encoder data.precompute measures export previews runs"
+    " train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
     " evaluating.table evaluating.vbench evaluate",
