@@ -6,7 +6,7 @@ from pathlib import Path
 from fvdm_jax.models.dit import DiTConfig
 
 from . import names, write
-from .families import Family
+from .families import BOUNDARIES, Family
 from .table import unplan
 from .tensors import Tensor
 
@@ -19,9 +19,6 @@ DIFFUSERS = {
     "text": "text_encoder",
 }  # fmt: skip
 """Folder of each part of a model in either layout."""
-
-BOUNDARIES = {False: 0.875, True: 0.9}
-"""Level at which A14B's low-noise expert takes over: of text-to-video, and of image-to-video."""
 
 _WHOLE = 10**12
 

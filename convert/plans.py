@@ -12,7 +12,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from fvdm_jax import checkpoint
-from fvdm_jax.models import clip
 from fvdm_jax.program import Refusal, plain
 
 from . import dialects, families, sources, write
@@ -24,7 +23,6 @@ from .tensors import Planned
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BLOCK = 1 << 22
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-ABSTRACT = {part: abstract for part, (_, abstract) in checkpoint.KINDS.items()} | {"clip": clip.abstract}
 
 
 class Network(NamedTuple):
@@ -96,7 +94,7 @@ def _network(part: Part, options: Options) -> Network:
 
 def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) -> None:
     """Raises Refusal unless the arrays are those of our network with the family's config."""
-    abstract = nn.meta.unbox(ABSTRACT[family.part](family.config))
+    abstract = nn.meta.unbox(checkpoint.KINDS[family.part][1](family.config))
     wanted = {key: leaf.shape for key, leaf in flatten_dict(abstract, sep="/").items()}
     found = {array.path: array.shape for array in arrays}
     for key in sorted(wanted.keys() | found.keys()):
@@ -182,21 +180,25 @@ SAMPLING = {
 OWN = {
     "wan_1_3b": {"shift": 8.0, "guidance": 6.0},
     "wan_5b": {"frames": 121, "size": [704, 1280], "fps": 24},
+    "wan_14b_i2v": {"steps": 40},
+    "wan_14b_flf2v": {"shift": 16.0},
+    "wan_a14b_i2v": {"steps": 40, "guidance": 3.5, "boundary": families.BOUNDARIES[True]},
 }
-"""How the published models are sampled by their authors: Wan's generate.py and READMEs."""
+EXPERTS = {"steps": 40, "shift": 12.0, "guidance": [4.0, 3.0], "boundary": families.BOUNDARIES[False]}
+"""How the published models are sampled by their authors, and T2V-A14B: Wan's generate.py and READMEs."""
 
 
 def config(networks: list[Network]) -> dict:
     """What `config.json` says: the config of each network, and how the model is sampled by default."""
     said = {n.name: dataclasses.asdict(n.family.config) for n in networks}
     family = next((n.family.name for n in networks if n.family.part == "dit"), "")
-    return said | {"sampling": SAMPLING | OWN.get(family, {})}
+    experts = EXPERTS if {"dit_high", "dit_low"} & said.keys() else {}
+    return said | {"sampling": SAMPLING | experts | OWN.get(family, {})}
 
 
 def _size(part: str, fields: dict):
     """The config of a part of ours, of its fields in config.json."""
-    kind = checkpoint.KINDS[part][0] if part in checkpoint.KINDS else clip.CLIPConfig
-    return checkpoint.config_of(kind, fields)
+    return checkpoint.config_of(checkpoint.KINDS[part][0], fields)
 
 
 def opened(folder: Path) -> list[Network]:

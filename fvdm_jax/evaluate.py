@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -168,13 +169,13 @@ def measure(asked: Asked) -> None:
 
             machine.keep_compiled_programs()
             machine.keep_memory()
-        studio = generate.Studio(asked.request, asked.batch, asked.dtype, stages)
-        plan = run.plan(studio.window, asked.tasks, asked.clips, asked.batch)
-        record, examples = run.evaluate(studio, plan, asked.losses, stages)
+        examiner = generate.Examiner(asked.request, asked.batch, asked.dtype, stages)
+        plan = run.plan(examiner.window, asked.tasks, asked.clips, asked.batch)
+        record, examples = run.evaluate(examiner, plan, asked.losses, stages)
     said = {
         "model": os.path.abspath(asked.request.model),
         "settings": generate.described(asked.request)
-        | {"clips": asked.clips, "batch": asked.batch, "dtype": studio.networks.dit.dtype},
+        | {"clips": asked.clips, "batch": asked.batch, "dtype": examiner.networks.dit.dtype},
         "scenes": {"seed": generate.EVALUATION_SEED, "first": 0},
         "device": f"{len(jax.devices())} × {jax.devices()[0].device_kind}",
         "versions": machine.versions(),
@@ -194,15 +195,28 @@ def export(asked: Asked) -> None:
     folder = Export(asked.out, shown)
     total, missing = len(asked.pairs) * asked.samples, len(folder.missing(asked.pairs, asked.samples))
     print(f"{total} videos of {len(asked.pairs)} prompts, {missing} of them still to be made")
-    for name in folder.fill(asked.pairs, asked.samples, partial(sampled, asked.request)):
-        print(f"{len(folder.done)}: {plain(name)}", flush=True)
+    if missing:
+        with Stages() as stages:
+            make = partial(sampled, asked.request, sampler(asked, stages))
+            for name in folder.fill(asked.pairs, asked.samples, make):
+                stages.say(f"{len(folder.done)}: {plain(name)}")
     print("wrote", folder.videos)
 
 
-def sampled(request: Request, pair: Pair, seed: int, path: Path) -> None:
-    """Writes the video that `python -m fvdm_jax.sample --keep 0=IMAGE` makes, and its settings beside it."""
-    from fvdm_jax import sample
+def sampler(asked: Asked, stages: Stages) -> Callable[[Request], None]:
+    """What makes the video of a request, by a model that is loaded once for all pairs."""
+    with stages("load"):
+        from fvdm_jax import sample
+        from fvdm_jax.projector import Projector
+        from fvdm_jax.studio import Studio
 
+    studio = Studio([dataclasses.replace(asked.request, prompt=pair.prompt) for pair in asked.pairs], stages)
+    projector = Projector(stages)
+    return lambda request: sample.short(request, studio, stages, projector)
+
+
+def sampled(request: Request, make: Callable, pair: Pair, seed: int, path: Path) -> None:
+    """Writes the video that `python -m fvdm_jax.sample --keep 0=IMAGE` makes, and what lies beside it."""
     one = dataclasses.replace(
         request,
         prompt=pair.prompt,
@@ -212,9 +226,7 @@ def sampled(request: Request, pair: Pair, seed: int, path: Path) -> None:
         overwrite=True,
         explain=False,
     )
-    one = validate(one, defaults(request.model))
-    with Stages() as stages:
-        sample.show(one, sample.generate(one, stages), stages)
+    make(validate(one, defaults(request.model)))
 
 
 def collect(asked: Asked) -> None:

@@ -74,7 +74,7 @@ def _sampled(add: Callable) -> None:
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
     add(
         "--guidance",
-        type=_guidance,
+        type=_one_or_two,
         metavar="X[,Y]",
         help="weight of the prompt; 1 turns guidance off; X,Y: of the experts of high and of low noise",
     )
@@ -96,6 +96,21 @@ def _sampled(add: Callable) -> None:
     )
     add("--history-level", type=number, default=0.0, metavar="X", help="noise level at which it sees them")
     add("--history-windows", type=whole, default=1, metavar="N", help="parts of them that it sees by turns")
+    add(
+        "--context-noise",
+        type=_one_or_two,
+        default=0.0,
+        metavar="X[,POWER]",
+        help="noise level at which the network sees clean frames, which stay clean, against drift, as 0.02; "
+        "times the largest level of any frame to the power",
+    )
+    add(
+        "--cache",
+        type=number,
+        default=0.0,
+        metavar="X",
+        help="above 0, as 0.1: spare the network steps; the more, the larger, and the less exact",
+    )
 
 
 def _long(add: Callable) -> None:
@@ -153,9 +168,9 @@ def _lora(text: str) -> tuple[str, float | None, str]:
     return folder, strength, expert
 
 
-def _guidance(text: str) -> float | tuple[float, float]:
-    high, comma, low = text.partition(",")
-    return (number(high), number(low)) if comma else number(text)
+def _one_or_two(text: str) -> float | tuple[float, float]:
+    first, comma, second = text.partition(",")
+    return (number(first), number(second)) if comma else number(text)
 
 
 def _size(text: str) -> tuple[int, int]:

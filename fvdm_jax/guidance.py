@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fvdm_jax import conditioning, sharding
+from fvdm_jax import caching, conditioning, sharding
 from fvdm_jax.lora import Network
 from fvdm_jax.models.dit import NO_EXTRA, Extra, Prompt
 from fvdm_jax.process import Prediction, Process, expand, mix
@@ -24,9 +24,14 @@ class Weights(NamedTuple):
     `text`: how far past the negative prompt, at levels from `low` to `high`; elsewhere 1, which is no
     guidance. `history`: how far past not knowing the clean frames, of which it is told at level `shown`; 1 is
     no guidance. `rescale`: how much of the contrast that guidance by text adds is taken back, 0 … 1.
+    `context`: the noise level at which it is shown, and told of, frames that are clean and stay so, times the
+    largest level of any frame to the `power`; 0 shows them as they are.
     Sources: Ho and Salimans 2022 (arXiv 2207.12598), in the form of Wan, where 1 is no guidance; Kynkäänniemi
     et al. 2024 (arXiv 2404.07724) for the interval; Lin et al. 2023 (arXiv 2305.08891), eq. 15 and 16, for
-    `rescale`, here on the network's output; Song et al. 2025 (arXiv 2502.06764) for history.
+    `rescale`, here on the network's output; Song et al. 2025 (arXiv 2502.06764) for history. For `context`
+    Diffusion Forcing (arXiv 2407.01392), whose stabilisation is 0.01 to 0.015, and SkyReels-V2 (arXiv
+    2504.13074), 0.02 for what is given only, with new noise at every step; LTX-Video (arXiv 2501.00103) has a
+    power of 2, adds the noise to clean latents that stay whole, and does not tell of it.
     """
 
     text: float | jax.Array = 1.0
@@ -35,6 +40,14 @@ class Weights(NamedTuple):
     low: float | jax.Array = 0.0
     high: float | jax.Array = 1.0
     rescale: float | jax.Array = 0.0
+    context: float | jax.Array = 0.0
+    power: float | jax.Array = 0.0
+
+    def seen(self, level: Levels) -> Levels:
+        """The level at which clean frames are shown beside these: [b 1]."""
+        largest = level.max(axis=1, keepdims=True)
+        # A power of 0 has no slope at 0.
+        return self.context * jnp.where(largest > 0, largest, 1.0) ** self.power
 
 
 Scale = float | jax.Array | Weights
@@ -66,21 +79,31 @@ class Looks(NamedTuple):
         """What is the same in all rows, [b …], for each of them."""
         return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * self.count), tree)
 
-    def rows(self, process: Process, x: Latents, level: Levels, shown) -> list[tuple[Latents, Levels]]:
-        """(x, level) of each row; history that is told of is at level `shown`, what is hidden is noise."""
-        plain = [(x, level)] * (1 + self.text)
+    def rows(
+        self, process: Process, x: Latents, level: Levels, shown, context=0.0
+    ) -> list[tuple[Latents, Levels]]:
+        """(x, level) of each row; history that is told of is at level `shown`, what is hidden is noise.
+
+        Elsewhere, and where that is more, clean frames are at level `context`. Noise is that of the place in
+        the clip, the same at all steps.
+        """
+        clean = level == 0
+
+        def at(levels, key: jax.Array) -> tuple[Latents, Levels]:
+            levels = jnp.where(clean, levels, level)
+            noise = jnp.broadcast_to(jax.random.normal(key, x.shape[1:]), x.shape)
+            return jnp.where(expand(clean, x), mix(process, x, noise, levels), x), levels
+
+        # No seed's: a frame that has become clean would be shown in the noise that it came from.
+        own = jax.random.fold_in(jax.random.key(0), 2**31)
+        plain = [at(context, own)] * (1 + self.text)
         if not self.windows:
             return plain
-        clean = level == 0
         place = jnp.cumsum(clean, axis=1) - 1
         part = place * self.windows // jnp.maximum(clean.sum(1, keepdims=True), 1)
-        noise = jnp.broadcast_to(jax.random.normal(jax.random.key(0), x.shape[1:]), x.shape)
-
-        def hidden(told: Array) -> tuple[Latents, Levels]:
-            at = jnp.where(clean, jnp.where(told, shown, 1.0), level)
-            return jnp.where(expand(clean, x), mix(process, x, noise, at), x), at
-
-        return [*plain, hidden(jnp.zeros_like(clean)), *(hidden(part == i) for i in range(self.windows))]
+        known, key = jnp.maximum(shown, context), jax.random.key(0)
+        windows = (at(jnp.where(part == i, known, 1.0), key) for i in range(self.windows))
+        return [*plain, at(1.0, key), *windows]
 
 
 def guided(
@@ -112,25 +135,37 @@ def steered(
     The rows are those of `looks`, each as many clips as x has: x itself, a second time with guidance by text,
     and for guidance by history x with all clean frames hidden in noise, and with each window of them shown.
     """
+    output = heard(process, ask, scale, looks)
+
+    def denoise(x: Latents, level: Levels) -> Prediction:
+        return process.read(x, output(x, level), level)
+
+    return denoise
+
+
+def heard(
+    process: Process, ask: Callable[..., Latents], scale: Scale | None = None, looks: Looks | None = None
+) -> Callable[[Latents, Levels], Latents]:
+    """What `steered` reads: the output for x at a level that is put together of those for all rows."""
     looks = looks or Looks(scale is not None)
     weights = scale if isinstance(scale, Weights) else Weights(1.0 if scale is None else scale)
 
-    def denoise(x: Latents, level: Levels) -> Prediction:
-        seen = looks.rows(process, x, level, weights.shown)
+    def output(x: Latents, level: Levels) -> Latents:
+        seen = looks.rows(process, x, level, weights.shown, weights.seen(level))
         xs, levels = (jnp.concatenate(part) for part in zip(*seen, strict=True))
         said = jnp.split(ask(xs, process.timestep(levels)), len(seen))
-        output = said[0]
+        made = said[0]
         if looks.text:
             inside = (level >= weights.low) & (level <= weights.high)
-            output = said[0] + expand(jnp.where(inside, weights.text, 1.0), x) * (said[1] - said[0])
-            output = output * _contrast(said[1], output, level, weights.rescale)
+            made = said[0] + expand(jnp.where(inside, weights.text, 1.0), x) * (said[1] - said[0])
+            made = made * _contrast(said[1], made, level, weights.rescale)
         if looks.windows:
             nothing, *windows = said[1 + looks.text :]
             more = sum(window - nothing for window in windows) / looks.windows
-            output = output + (weights.history - 1) * more
-        return process.read(x, output, level)
+            made = made + (weights.history - 1) * more
+        return made
 
-    return denoise
+    return output
 
 
 def _contrast(like: Latents, output: Latents, level: Levels, rescale) -> Float[Array, "b 1 1 1 1"]:
@@ -182,13 +217,36 @@ class Generation(NamedTuple):
 
     def advance(self, params: dict, told: Told, scale: Scale, carry: tuple, schedule: Schedule) -> tuple:
         """As `samplers.advance`, by the network that is told so much."""
+        denoise = steered(self.process, self._asking(params, told), scale, self.looks)
+        return advance(self.process, denoise, self.sampler, carry, schedule)
 
+    def cached(
+        self, params: dict, told: Told, scale: Scale, carry: tuple, schedule: Schedule, call: jax.Array
+    ) -> tuple:
+        """As `advance` for one step, from row to row of a schedule [2 f], at which the network may be spared.
+
+        Third in the carry is the output that was last read, [b f h w c], anything before the first step; it
+        is read again unless `call`, a bool, which may be traced.
+        """
+        x, state, last = carry
+        now = jnp.broadcast_to(schedule[0], x.shape[:2])
+        ask = heard(self.process, self._asking(params, told), scale, self.looks)
+        output = jax.lax.cond(call, lambda: ask(x, now), lambda: last)
+
+        def denoise(x: Latents, level: Levels) -> Prediction:
+            return self.process.read(x, output, level)
+
+        return *advance(self.process, denoise, self.sampler, (x, state), schedule), output
+
+    def changes(self, params: dict, rows: Schedule) -> Float[Array, "s f"]:
+        """As `caching.changes`, by which it is planned at which steps the network is called."""
+        return caching.changes(self.network, self.process, params, rows)
+
+    def _asking(self, params: dict, told: Told) -> Callable[[Latents, Levels], Latents]:
         def ask(x: Latents, timestep: Levels) -> Latents:
             return self.network.velocity(params, x, timestep, told.prompt, Extra(told.channels))
 
-        return advance(
-            self.process, steered(self.process, ask, scale, self.looks), self.sampler, carry, schedule
-        )
+        return ask
 
     def sample(self, params: dict, prompts: tuple, scale: Scale, noise, canvas, schedule) -> Latents:
         """The clip [b f h w c]: all of it in one function, to be jitted."""

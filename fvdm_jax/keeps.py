@@ -20,8 +20,9 @@ what --keep takes
   0=clip.mp4              goes on from the clip: begins with its last frames
   last=clip.mp4           leads to the clip: ends with its first frames
   0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
+  p37=cat.png             an image at frame 37 of the video: at latent frame 10, which is 37 to 40
   STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what
-                          follows the last colon, if that is a number.
+                          follows the last colon, if that is a number. 0.6-0.1 changes over the steps.
 A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
 about half of the video. Pictures are scaled to cover the video and cropped to its middle; of a clip those
 frames are taken that a player shows at the video's rate (--fps), whatever its own. What is kept is kept in
@@ -32,13 +33,17 @@ with one that stands for four. An animated GIF is a clip.
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """`count` latent frames from `first` on, given by the file; of a clip's `total` those from `skip`."""
+    """`count` latent frames from `first` on, given by the file; of a clip's `total` those from `skip`.
+
+    Their strength goes from `strength` at the first step to `settled` at the last.
+    """
 
     first: int
     count: int
     path: Path
     kind: str
     strength: float = 0.0
+    settled: float = 0.0
     skip: int = 0
     total: int = 1
 
@@ -70,15 +75,16 @@ class _Asked(NamedTuple):
     form: str
     path: Path
     strength: float
+    settled: float
 
 
 def _asked(text: str, frames: int, otherwise: float) -> _Asked:
     flag, (place, equals, file) = f"--keep {text}", text.partition("=")
-    match = re.fullmatch(r"(\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
+    match = re.fullmatch(r"(p?\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
     valid = f"give 0 to {frames - 1}, last, or a range such as 0-{frames - 1}, then =FILE"
     if not match or not equals:
         raise Refusal(flag, f"{place!r} is no latent frame" if equals else "has no =FILE", valid)
-    first, last = (frames - 1 if at == "last" else int(at) for at in (match[1], match[3] or match[1]))
+    first, last = (_place(at, frames) for at in (match[1], match[3] or match[1]))
     if last < first < frames:
         raise Refusal(flag, f"{place} runs backwards", valid)
     if not file or not file.rpartition(":")[0] and file.startswith(":"):
@@ -86,11 +92,27 @@ def _asked(text: str, frames: int, otherwise: float) -> _Asked:
     if max(first, last) >= frames:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
-    path, strength = numbered(file, otherwise)
-    if not 0 <= strength <= 1:
+    path, *strengths = _loosened(file, otherwise)
+    if not all(0 <= strength <= 1 for strength in strengths):
         what = f"the strength {file.rpartition(':')[2]} is outside 0 to 1"
         raise Refusal(flag, what, "0 keeps, 1 ignores, 0.3 loosens")
-    return _Asked(flag, first, last, form, Path(path), strength)
+    return _Asked(flag, first, last, form, Path(path), *strengths)
+
+
+def _place(at: str, frames: int) -> int:
+    """The latent frame that is meant: a number, that in which a frame of the video lies, or the last."""
+    if at.startswith("p"):
+        return latent(int(at[1:]))
+    return frames - 1 if at == "last" else int(at)
+
+
+def _loosened(file: str, otherwise: float) -> tuple[str, float, float]:
+    """The file, and its strength at the first step and at the last."""
+    name, colon, tail = file.rpartition(":")
+    if colon and (both := re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", tail, re.ASCII)):
+        return name, float(both[1]), float(both[2])
+    name, strength = numbered(file, otherwise)
+    return name, strength, strength
 
 
 def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0) -> tuple[Keep, ...]:
@@ -108,7 +130,7 @@ def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0
         others = [other for other in asked if other is not one]
         count = _count(one, held, min(share, _room(one, others, frames)))
         at = one.last + 1 - count if one.form == "end" else one.first
-        keep = Keep(at, count, one.path, held.kind, one.strength)
+        keep = Keep(at, count, one.path, held.kind, one.strength, one.settled)
         if held.kind != "image":
             # The video goes on from a clip at its start, so from the end of that clip.
             goes_on = one.form == "start" and one.first == 0

@@ -65,7 +65,10 @@ class Stages:
     def expect(self, name: str, steps: int | None) -> None:
         """Says that the stage of this name takes so many steps, each of which will be told by `step`."""
         self.seconds.setdefault(name, 0.0)
-        self._tasks[name] = self._progress.add_task(name, total=steps, steps="")
+        if name in self._tasks:
+            self._progress.reset(self._tasks[name], total=steps, steps="")
+        else:
+            self._tasks[name] = self._progress.add_task(name, total=steps, steps="")
 
     def say(self, line: str) -> None:
         """One line above the stages."""

@@ -18,7 +18,7 @@ from fvdm_jax.rules import RULES, sides, strengths, texts
 from fvdm_jax.video import STRIDE
 
 FLAGS = ("seed", "schedule", "rescale", "history", "history_level", "history_windows", "length", "overlap",
-         "anchors")  # fmt: skip
+         "anchors", "context_noise", "cache")  # fmt: skip
 """The settings that no model has of its own."""
 
 LATER = ("lora", "schedule", "interval", "boundary", "preset", "still", *FLAGS[2:])
@@ -35,7 +35,7 @@ class Request:
     `boundary`; `lora` are folder, strength and the expert that it is for, "" for each. With `length`, in
     seconds, the video is made of windows of `frames`, of which each keeps `overlap` latent frames of the one
     before, 0: a third, and the first `anchors` of the video; `segments` are the windows' prompts, the last
-    for all that follow.
+    for all that follow. `context_noise` may be two numbers, a scale and a power.
     """
 
     prompt: str | None = None
@@ -67,6 +67,8 @@ class Request:
     history: float = 1.0
     history_level: float = 0.0
     history_windows: int = 1
+    context_noise: float | tuple[float, float] = 0.0
+    cache: float = 0.0
     lora: tuple[tuple[str, float | None, str], ...] = ()
     preset: str = ""
     prompts: Path | None = None
@@ -244,7 +246,8 @@ def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
     values = {name: value for name, value in preset.items() if getattr(request, name) is None}
     lora = []
     for folder, strength, expert in request.lora:
-        usual = strengths[min(len(lora), len(strengths) - 1)] if strengths else 1.0
+        before = sum(expert == other for *_, other in lora)
+        usual = strengths[min(before, len(strengths) - 1)] if strengths else 1.0
         lora.append((folder, usual if strength is None else strength, expert))
     # Wan's own I2V networks take pictures as they are.
     return dataclasses.replace(request, **values, lora=tuple(lora)), 0.0 if model.pictures else kept
@@ -311,6 +314,7 @@ def _windows(request: Request, model: Defaults) -> Request:
         (any(map(bool, request.tiles)), "is not decoded in tiles", "leave --tiles out"),
         (any(keep.first + keep.count == window for keep in request.keeps), "has no last frame to be kept",
          "keep frames of its beginning"),
+        (queue and request.cache, "by a queue spares no steps", "leave --cache out"),
         (queue and len(model.transformers) > 1, "by a queue is not for two experts", "take no --schedule"),
         (queue and (request.keeps or request.anchors or request.prompts), "by a queue keeps nothing, and has "
          "one prompt", "take no --schedule"),

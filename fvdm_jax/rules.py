@@ -97,6 +97,13 @@ def _guidance(value):
     return next(filter(None, map(rule, value if both else (value,))), None)
 
 
+def _context_noise(value):
+    scale, power = value if isinstance(value, tuple | list) and len(value) == 2 else (value, 0)
+    if wrong := between(0, 1, "; 0 turns it off")(scale):
+        return wrong
+    return between(0, 100, " as the power")(power)
+
+
 def _if_any(rule: Rule) -> Rule:
     return lambda value: None if value is None else rule(value)
 
@@ -117,6 +124,8 @@ RULES: dict[str, Rule] = {
     "history": between(0, 100, "; 1 turns it off"),
     "history_level": between(0, 1),
     "history_windows": whole_from(1, 64),
+    "context_noise": _context_noise,
+    "cache": between(0, 100, "; 0 turns it off"),
     "length": _if_any(between(0.01, 1e6)),
     "overlap": whole_from(0, 10_000),
     "anchors": whole_from(0, 10_000),

@@ -25,7 +25,9 @@ def main(argv: list[str]) -> None:
 
         matrix = rows(request, request.strength[: request.latent_frames])
         print(explain(matrix))
-        print("\n{} calls of the network; at most {} frames under way at once".format(*zoo.check(matrix)))
+        calls, under_way = zoo.check(matrix)
+        most = "at most " if request.cache else ""
+        print(f"\n{most}{calls} calls of the network; at most {under_way} frames under way at once")
         return
     if not requests:
         print("every video is there already, made with these settings")

@@ -59,12 +59,14 @@ def placed(over: Mesh, params: dict, config: dit.DiTConfig) -> dict:
 class Programs(NamedTuple):
     """What samples a clip, jitted: methods of a Generation, of which `advance` is called at every step.
 
-    What `begin` and `advance` give is whole on every device, so that one program serves all steps.
+    What `begin`, `advance` and `cached` give is whole on every device, so that one program serves all steps.
     """
 
     told: Callable
     begin: Callable
     advance: Callable
+    cached: Callable
+    changes: Callable
 
 
 def programs(generation: Generation, over: Mesh) -> Programs:
@@ -75,6 +77,8 @@ def programs(generation: Generation, over: Mesh) -> Programs:
         jax.jit(generation.told, compiler_options=options),
         jax.jit(generation.begin, out_shardings=whole),
         jax.jit(generation.advance, out_shardings=whole, compiler_options=options),
+        jax.jit(generation.cached, out_shardings=whole, compiler_options=options),
+        jax.jit(generation.changes, out_shardings=whole, compiler_options=options),
     )
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fvdm_jax import checkpoint, lora, machine, programs, rollout, sampling, sharding, zoo
+from fvdm_jax import caching, checkpoint, lora, machine, programs, rollout, sampling, sharding, zoo
 from fvdm_jax.defaults import defaults
 from fvdm_jax.given import Given
 from fvdm_jax.guidance import Generation, Looks, Weights
@@ -55,6 +55,7 @@ class Studio:
         self._reader = Reader(request.model, self.networks, stages, machine.cache("text"))
         self._given = Given(request, dataclasses.replace(self.networks, dit=config), stages)
         self._compiled: dict[object, Callable] = {}
+        self._plans: dict[object, np.ndarray] = {}
         self._held: dict[str, dict] = {}
         self._read: dict[str, np.ndarray] = {}
 
@@ -127,24 +128,45 @@ class Studio:
         noise, canvas, levels = self._put((noise, task.canvas, jnp.asarray(levels)))
         with jax.set_mesh(self._over):
             carry = self._programs.begin(noise, canvas, levels)
+            carry = (*carry, jnp.zeros_like(noise)) if request.cache else carry
         for i, (name, part) in enumerate(zip(self._model.transformers, parts, strict=True)):
             if len(part) > 1:
                 params = self._transformer(name, request)
                 told = self._told(params, prompt, request.negative, self._put(extra))
                 inputs = params, told, self._put(weights(request, i))
-                carry = self._stepped(inputs, carry, self._put(jnp.asarray(part)))
+                calls = self._calls(request, name, params, part) if request.cache else None
+                carry = self._stepped(inputs, carry, self._put(jnp.asarray(part)), calls)
         return carry[0]
 
-    def _stepped(self, inputs: tuple, carry: tuple, schedule: Schedule) -> tuple:
-        """The carry after the steps of the schedule: a step is one program, whatever their number."""
+    def _stepped(
+        self, inputs: tuple, carry: tuple, schedule: Schedule, calls: np.ndarray | None = None
+    ) -> tuple:
+        """The carry after the steps of the schedule: a step is one program, whatever their number.
+
+        With `calls` [s] it is that in which the network may be spared.
+        """
         what = f"denoise ({'x'.join(map(str, self._shape[1:4]))})"
+        program = self._programs.advance if calls is None else self._programs.cached
+        marks = [()] * (len(schedule) - 1) if calls is None else [(self._put(call),) for call in calls]
         with jax.set_mesh(self._over):
-            step = self._program(what, self._programs.advance, *inputs, carry, schedule[:2])
-            for s in range(len(schedule) - 1):
+            step = self._program(what, program, *inputs, carry, schedule[:2], *marks[0])
+            for s, mark in enumerate(marks):
                 with self._stages("denoise"):
-                    carry = jax.block_until_ready(step(*inputs, carry, schedule[s : s + 2]))
+                    carry = jax.block_until_ready(step(*inputs, carry, schedule[s : s + 2], *mark))
                     self._stages.step()
         return carry
+
+    def _calls(self, request: Request, name: str, params: dict, levels: zoo.Matrix) -> np.ndarray:
+        """At which of its steps [s] the transformer of this name is called; how many is said once."""
+        known = name, levels.tobytes(), request.cache
+        if known not in self._plans:
+            inputs = params, self._put(jnp.asarray(levels))
+            with jax.set_mesh(self._over):
+                change = self._program("cache", self._programs.changes, *inputs)(*inputs)
+            self._plans[known] = calls = caching.plan(levels, np.asarray(change), request.cache)
+            which = "the network" if len(self._model.transformers) == 1 else name.removeprefix("dit_")
+            self._stages.say(f"cache: {which} is called at {calls.sum()} of {len(calls)} steps")
+        return self._plans[known]
 
     def _told(self, params: dict, prompt: str, negative: str, extra: Extra = NO_EXTRA):
         """What the steps need of prompts and pictures, made once."""
@@ -211,8 +233,9 @@ def guided(request: Request) -> bool:
 def weights(request: Request, expert: int) -> Weights:
     """How strongly an expert is made to listen, float32."""
     text = request.guidance[expert] if isinstance(request.guidance, tuple) else request.guidance
+    context = request.context_noise if isinstance(request.context_noise, tuple) else (request.context_noise,)
     given = Weights(text, request.history, request.history_level, *request.interval, request.rescale)
-    return jax.tree.map(jnp.float32, given)
+    return jax.tree.map(jnp.float32, given._replace(**dict(zip(("context", "power"), context, strict=False))))
 
 
 def key(seed: int):

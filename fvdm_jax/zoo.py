@@ -152,9 +152,13 @@ def _number(name: str, key: str, value: str, whole: bool) -> float:
     return number
 
 
-def levels(text: str, sigmas: np.ndarray, strength: Sequence[float]) -> Matrix:
+def levels(
+    text: str, sigmas: np.ndarray, strength: Sequence[float], settled: Sequence[float] | None = None
+) -> Matrix:
     """Levels [s f], float32: strength [f] · what the schedule that `text` names makes of `sigmas`.
 
+    Where `settled` [f] is given a frame's strength goes there, evenly over its own steps; a level that would
+    rise by that stays as it is.
     A frame of strength 0 is clean throughout, and no part of the order of the others. `text` may be a .json
     file of a matrix for all frames, which takes the place of `sigmas` too; steps at which only kept frames
     would have moved are left out. Raises ValueError where there is no such schedule, or it fails `check`.
@@ -166,8 +170,11 @@ def levels(text: str, sigmas: np.ndarray, strength: Sequence[float]) -> Matrix:
             return np.repeat(rows, len(sigmas), 0)
         done = progress(text, int(moving.sum()), len(sigmas) - 1)
         rows = np.repeat(rows, len(done), 0)
-        rows[:, moving] = strength[moving] * np.asarray(sigmas, np.float32)[done]
-        return rows
+        now = strength[moving]
+        if settled is not None:
+            now = now + (np.asarray(settled, np.float32)[moving] - now) * (done / (len(sigmas) - 1))
+        rows[:, moving] = now * np.asarray(sigmas, np.float32)[done]
+        return np.minimum.accumulate(rows)
     rows = strength * read(Path(text), len(strength))
     rows = rows[np.append(True, np.any(np.diff(rows, axis=0) != 0, axis=1))]
     check(rows)

@@ -23,7 +23,7 @@ FLOORS = {
     6: "guidance rollout checkpoint prompts training held_out config trainer sampling",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
-    " planning.estimates conditioning",
+    " planning.estimates conditioning caching",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
@@ -176,7 +176,7 @@ def test_the_flags_are_those_agreed():
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
         " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention"
         " --schedule --interval --rescale --history --history-level --history-windows --preset --spacing"
-        " --boundary --still --prompts --length --overlap --anchors".split()
+        " --boundary --still --prompts --length --overlap --anchors --context-noise --cache".split()
     )
 
 

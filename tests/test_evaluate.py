@@ -162,7 +162,7 @@ def test_an_export_that_was_stopped_goes_on(images, tmp_path, monkeypatch, capfd
     """Stopped in the midst of the fourth video; nothing half-written counts, and nothing is made twice."""
     out, made = tmp_path / "out", []
 
-    def sampled(request, pair, seed, path):
+    def sampled(request, make, pair, seed, path):
         path.write_bytes(b"half")
         if len(made) == 3:
             raise KeyboardInterrupt
@@ -170,6 +170,7 @@ def test_an_export_that_was_stopped_goes_on(images, tmp_path, monkeypatch, capfd
         path.write_bytes(b"a whole video " + str(seed).encode())
 
     monkeypatch.setattr(evaluate, "sampled", sampled)
+    monkeypatch.setattr(evaluate, "sampler", lambda asked, stages: None)
     argv = ["--export", "vbench-i2v", "--images", str(images), "--out", str(out)]
     assert run_program(evaluate.main, argv) == 130
     assert (
@@ -197,12 +198,11 @@ def test_a_video_of_an_export_is_a_sample(model, images, tmp_path, monkeypatch):
     """It is what `python -m fvdm_jax.sample` makes of the image and the prompt, kept by these names."""
     asked = []
 
-    def show(request, made, stages):
+    def short(request, studio, stages, projector):
         asked.append(request)
-        request.out.write_bytes(made)
+        request.out.write_bytes(b"video")
 
-    monkeypatch.setattr(sample, "generate", lambda request, stages: b"video")
-    monkeypatch.setattr(sample, "show", show)
+    monkeypatch.setattr(sample, "short", short)
     argv = ["--model", model, "--export", "vbench-i2v", "--images", images, "--samples", "1", "--steps", "4"]
     out = tmp_path / "out"
     assert run_program(evaluate.main, [*map(str, argv), "--out", str(out)]) == 0

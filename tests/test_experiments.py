@@ -139,15 +139,12 @@ def learned(tmp_path_factory, best) -> tuple[Path, arms.Arm, list]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Trainer, "step", watched)
-        # It is compiled in half the time, and runs no more than 40 steps.
-        jax.config.update("jax_disable_most_optimizations", True)
         patch.setattr(circle, "FAMILIES", {"diagonal": circle.FAMILIES["diagonal"]})
         patch.setattr(arms, "measuring", lambda process: best)
         out, base = tmp_path_factory.mktemp("arms"), arms.Arm("ptss 0.5", 20)
         adapted = dataclasses.replace(base.tuned("random", 1.0, rank=2), steps=20)
         for arm in (base, adapted):
             arms.trained(arm, out)
-        jax.config.update("jax_disable_most_optimizations", False)
     return out, adapted, list(losses.values())
 
 

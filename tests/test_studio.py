@@ -284,11 +284,11 @@ def test_an_image_that_stands_still_is_four_pictures(here, model):
 def test_a_preset_sets_what_no_flag_says(here, model, experts):
     (here / "one/adapters").mkdir(parents=True)
     (here / "two/adapters").mkdir(parents=True)
-    loras = ["--lora", "one", "--lora", "high=two", "--lora", "low=two:1.2"]
+    loras = ["--lora", "high=one", "--lora", "high=two", "--lora", "low=two:1.2"]
     request = parse(["--model", str(experts), "--preset", "pusa-wan22-lightning", "--fps", "12", *loras])
     assert (request.steps, request.guidance, request.spacing, request.boundary) == (4, 1.0, "pusa", 0.875)
     assert request.fps == 12 and request.solver == "euler"
-    assert request.lora == (("one", 1.0, ""), ("two", 1.4, "high"), ("two", 1.2, "low"))
+    assert request.lora == (("one", 1.0, "high"), ("two", 1.4, "high"), ("two", 1.2, "low"))
     kept = parse(
         ["--model", str(model), "--preset", "pusa-wan21", "--keep", "0=a.png", "--keep", "2=b.png:0"]
     )

@@ -27,6 +27,7 @@ PLAIN = Training(
     remat="none",
 )
 ONE = jax.devices()[:1]
+SLOW = pytest.mark.slow
 
 
 def clips(count: int = 8, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -119,7 +120,7 @@ def test_captions_are_dropped_by_clip():
     assert abs(dropped.mean() - 0.25) < 0.087
 
 
-@pytest.mark.parametrize("rank", [2, 5])
+@pytest.mark.parametrize("rank", [pytest.param(2, marks=SLOW), 5])
 def test_adapters_train_as_by_hand(rank):
     """Twenty steps against thirty lines: adapters added to the weights, AdamW as in its paper."""
     settings = dataclasses.replace(PLAIN, rank=rank, dropout=0.0)
@@ -173,8 +174,9 @@ def test_adapters_train_as_by_hand(rank):
     assert far(by_hand, state.params) < 1e-5 < 1e-2 < moved
 
 
-@pytest.mark.parametrize("remat", ["full", "attention", "offload"])
+@pytest.mark.parametrize("remat", [*(pytest.param(r, marks=SLOW) for r in ("full", "attention")), "offload"])
 def test_what_is_computed_again_changes_nothing(plain, remat):
+    """Gradients of each way are compared in tests/test_dit.py; here one of them meets the optimiser."""
     state, losses = trained(dataclasses.replace(PLAIN, remat=remat), 10)
     # Rounding differs where a compiler fuses otherwise; AdamW turns it into steps of up to the rate, 1e-3.
     assert far(state.params, plain[0].params) < 2e-5
@@ -188,7 +190,15 @@ def test_parts_of_a_batch_add_up_to_the_whole(plain, parts):
     np.testing.assert_allclose(losses, plain[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=2,context=2,tensor=2", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "fsdp=8",
+        "fsdp=2,context=2,tensor=2",
+        # tests/test_train.py and test_train_real.py train over data.
+        *(pytest.param(mesh, marks=SLOW) for mesh in ("data=8", "data=2,fsdp=2,tensor=2")),
+    ],
+)
 def test_a_mesh_changes_nothing_but_where_things_lie(plain, mesh):
     state, losses = trained(dataclasses.replace(PLAIN, mesh=mesh), 10, jax.devices())
     print(mesh, far(state.params, plain[0].params), np.abs(np.array(losses) - plain[1]).max())

@@ -159,3 +159,16 @@ def test_a_matrix_may_come_from_a_file(tmp_path):
             zoo.levels(str(path), SIGMAS, [1, 1, 1])
     with pytest.raises(ValueError, match="cannot be read"):
         zoo.levels(str(tmp_path / "none.json"), SIGMAS, [1, 1, 1])
+
+
+def test_a_strength_that_changes_over_the_steps():
+    """From 0.6 to 0.2 evenly over a frame's own steps; one that rises holds its level until it may fall."""
+    sigmas = np.array([1.0, 0.8, 0.6, 0.4, 0.0], np.float32)
+    rows = zoo.levels("together", sigmas, [0.6, 1.0, 0.0, 0.1], [0.2, 1.0, 0.0, 0.9])
+    assert np.allclose(rows[:, 0], np.array([0.6, 0.5, 0.4, 0.3, 0.2]) * sigmas)
+    assert np.array_equal(rows[:, 1], sigmas) and not rows[:, 2].any()
+    assert np.allclose(rows[:, 3], [0.1, 0.1, 0.1, 0.1, 0])
+    late = zoo.levels("pyramid:lag=2", sigmas, [1.0, 0.6], [1.0, 0.2])
+    assert np.allclose(late[:, 1], np.array([0.6, 0.6, *(np.array([0.6, 0.5, 0.4, 0.3, 0.2]) * sigmas)]))
+    same = zoo.levels("together", sigmas, [0.3, 1.0], [0.3, 1.0])
+    assert np.array_equal(same, zoo.levels("together", sigmas, [0.3, 1.0]))

@@ -47,7 +47,7 @@ class Made(NamedTuple):
     alone: list[np.ndarray]
 
 
-class Studio:
+class Examiner:
     """A model on all devices that divide `batch` clips: each of its programs is compiled once for a size."""
 
     def __init__(self, request: Request, batch: int, dtype: str | None, stages: Stages):

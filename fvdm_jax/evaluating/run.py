@@ -9,7 +9,7 @@ import numpy as np
 from fvdm_jax import judge
 from fvdm_jax.evaluating import scores
 from fvdm_jax.evaluating.cases import TASKS, Case
-from fvdm_jax.evaluating.generate import Made, Studio, Truth, batches
+from fvdm_jax.evaluating.generate import Made, Examiner, Truth, batches
 from fvdm_jax.evaluating.picture import Example, said
 from fvdm_jax.evaluating.scores import Clip
 from fvdm_jax.progress import Stages
@@ -65,18 +65,18 @@ class Found:
         }
 
 
-def evaluate(studio: Studio, plan: Plan, losses: bool, stages: Stages) -> tuple[dict, dict]:
+def evaluate(examiner: Examiner, plan: Plan, losses: bool, stages: Stages) -> tuple[dict, dict]:
     """What was measured, as JSON has it, and Examples by the name of the case."""
     found = Found()
     stages.expect("judge", plan.clips // plan.batch)
     for index in batches(plan.clips, plan.batch):
         with stages("judge"):
-            _take(found, studio, plan, index, losses)
+            _take(found, examiner, plan, index, losses)
             stages.step()
     reference = {}
     with stages("reference"):
         for case in plan.ceilings.values():
-            reference[case.frames] = np.array(_reference(studio, case.frames, plan))
+            reference[case.frames] = np.array(_reference(examiner, case.frames, plan))
     everything = plan.cases | plan.ceilings
     record = {
         "losses": {n: float(np.mean([each[n] for each in found.errors])) for n in (found.errors or [{}])[0]},
@@ -90,28 +90,28 @@ def evaluate(studio: Studio, plan: Plan, losses: bool, stages: Stages) -> tuple[
     return record, dict(found.examples)
 
 
-def _take(found: Found, studio: Studio, plan: Plan, index: range, losses: bool) -> None:
+def _take(found: Found, examiner: Examiner, plan: Plan, index: range, losses: bool) -> None:
     """A batch of scenes through all cases."""
     truths, readings, states = {}, {}, None
     for name, case in plan.ceilings.items():
-        truth = truths[case.frames] = studio.truth(index, case.frames)
+        truth = truths[case.frames] = examiner.truth(index, case.frames)
         read = readings[case.frames] = [judge.read(pixels) for pixels in truth.pixels]
         found.true[case.frames] += [scores.features(p, r) for p, r in zip(truth.pixels, read, strict=True)]
-        latents = studio.encoded(truth.pixels)
-        found.add(name, case, truth, read, Made(studio.decoded(latents), []))
+        latents = examiner.encoded(truth.pixels)
+        found.add(name, case, truth, read, Made(examiner.decoded(latents), []))
         if states is None:
-            states = studio.states(truth.captions)
+            states = examiner.states(truth.captions)
         if losses and case.windows == 1:
-            found.errors.append(studio.errors(latents, states))
+            found.errors.append(examiner.errors(latents, states))
     for name, case in plan.cases.items():
         truth = truths[case.frames]
-        found.add(name, case, truth, readings[case.frames], studio.made(case, truth, states))
+        found.add(name, case, truth, readings[case.frames], examiner.made(case, truth, states))
 
 
-def _reference(studio: Studio, frames: int, plan: Plan) -> list[np.ndarray]:
+def _reference(examiner: Examiner, frames: int, plan: Plan) -> list[np.ndarray]:
     """Features of as many other true clips."""
     found = []
     for index in batches(plan.clips, plan.batch, after=plan.clips):
-        pixels = studio.truth(index, frames).pixels
+        pixels = examiner.truth(index, frames).pixels
         found += [scores.features(each, judge.read(each)) for each in pixels]
     return found
