@@ -19,7 +19,7 @@ FLOORS = {
     " train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
-    " evaluating.table evaluating.vbench evaluate",
+    " evaluating.table evaluating.vbench evaluating.page evaluate demo doctor",
     6: "guidance rollout checkpoint prompts training held_out config trainer sampling",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"

@@ -1,4 +1,4 @@
-"""One page of HTML, complete in itself: of every task what was given, its schedule, the video and the truth."""
+"""One page of HTML, complete in itself: of each task what was given, its schedule, the video, the truth."""
 
 import base64
 import html

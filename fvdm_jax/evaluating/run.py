@@ -9,7 +9,7 @@ import numpy as np
 from fvdm_jax import judge
 from fvdm_jax.evaluating import scores
 from fvdm_jax.evaluating.cases import TASKS, Case
-from fvdm_jax.evaluating.generate import Made, Examiner, Truth, batches
+from fvdm_jax.evaluating.generate import Examiner, Made, Truth, batches
 from fvdm_jax.evaluating.picture import Example, said
 from fvdm_jax.evaluating.scores import Clip
 from fvdm_jax.progress import Stages
