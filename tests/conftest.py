@@ -31,7 +31,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture(scope="module")
 def optimised():
     """From here to the end of the module programs are compiled as for users, to compute rather than once."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config._read("jax_disable_most_optimizations")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)
         jax.config.update("jax_disable_most_optimizations", False)
@@ -41,8 +41,8 @@ def optimised():
 
 @pytest.fixture(autouse=True)
 def as_for_users(request):
-    """What is too dear for CI, or looks at what a compiler makes, gets programs as users have them."""
-    if any(request.node.get_closest_marker(mark) for mark in ("slow", "tpu_aot", "gpu")):
+    """What looks at programs for accelerators gets them as users have them."""
+    if any(request.node.get_closest_marker(mark) for mark in ("tpu_aot", "gpu")):
         request.getfixturevalue("optimised")
 
 

@@ -122,10 +122,12 @@ def test_two_files_are_two_experts_where_the_user_says_so(tmp_path):
     convert(f"high={path}", f"low={path}", tmp_path / "out", "--lora", f"low={lora}")
     assert equal(tree(tmp_path / "out/dit_high"), expected("dit_t2v"))
     assert not np.array_equal(tree(tmp_path / "out/dit_low")[Q], expected("dit_t2v")[Q])
+    sampling = json.loads((tmp_path / "out/config.json").read_text())["sampling"]
+    assert (sampling["guidance"], sampling["boundary"], sampling["shift"]) == ([4.0, 3.0], 0.875, 12.0)
     convert(tmp_path / "out", tmp_path / "back", "--to", "diffusers")
     index = json.loads((tmp_path / "back/model_index.json").read_text())
     assert index["boundary_ratio"] == 0.875 and "vae" not in index
-    with pytest.raises(Refusal, match="two experts, which cannot be sampled yet"):
+    with pytest.raises(Refusal, match="has no vae and no text; convert dit_high, dit_low, vae, text"):
         defaults(tmp_path / "out")
 
 
@@ -167,7 +169,7 @@ def test_parts_of_two_models_are_told_of_and_not_sampled(tmp_path, capsys):
     with pytest.raises(Refusal, match="of two models"):
         defaults(tmp_path / "out")
     convert(put(tmp_path / "i2v", weights("dit_i2v")), *paths[1:], tmp_path / "other")
-    with pytest.raises(Refusal, match="image-to-video network"):
+    with pytest.raises(Refusal, match="no clip, with which its transformer looks at pictures"):
         defaults(tmp_path / "other")
     convert(paths[2], tmp_path / "vae")
     with pytest.raises(Refusal, match="no dit and no text"):

@@ -49,6 +49,7 @@ def measured(method: str, frames: int, size: tuple[int, int]) -> list[tuple[floa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("method", ["decode", "encode"])
 def test_memory_is_flat_at_480p(method):
     """An hour on two cores for decoding, half of that for encoding."""

@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_gaussian import CANVAS, COVARIANCE, FRAMES, NOISE, distance, exact, strengths
 
+from fvdm_jax import zoo
 from fvdm_jax.guidance import Looks, Weights, guided, steered
 from fvdm_jax.process import ddpm, flow
-from fvdm_jax.samplers import euler, sample
+from fvdm_jax.samplers import euler, sample, unipc
 from fvdm_jax.schedule import pusa, schedule
 
 X, TEXT, NEGATIVE = (
@@ -162,3 +164,105 @@ def test_windows_of_history_are_shown_by_turns_and_the_rest_is_noise():
     assert np.all(hidden[[0, 1, 3, 4]] != 1) and np.all(hidden[[2, 5]] == 1)
     told = Looks(True, 2).told(TEXT, NEGATIVE)
     assert [bool(np.array_equal(row, TEXT)) for row in np.split(np.asarray(told), 5)] == [0, 1, 0, 0, 0]
+
+
+def test_without_context_noise_the_network_sees_the_clip_itself():
+    x = X.at[0, 0].set(-0.0)
+    weights = jax.tree.map(jnp.float32, Weights(3.0, history=2.0, power=2.0))
+
+    @jax.jit
+    def rows(weights):
+        return Looks(True, 2).rows(flow, x, LEVEL, weights.shown, weights.seen(LEVEL))
+
+    for seen, level in rows(weights)[:2]:
+        assert np.asarray(seen).tobytes() == np.asarray(x).tobytes() and np.array_equal(level, LEVEL)
+    asked = []
+    steered(flow, lambda x, timestep: asked.append((x, timestep)) or x, 3.0)(X, LEVEL)
+    assert np.array_equal(asked[0][0], np.concatenate([X, X]))
+
+
+LOW = jnp.array([[0.0, 0.5, 0.0], [0.2, 0.2, 0.9]])
+
+
+@pytest.mark.parametrize("process", [flow, ddpm])
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_clean_frames_are_seen_in_noise_and_stay_clean(process, power):
+    for level in (LOW, LOW / 2):
+        asked = []
+        weights = Weights(3.0, context=0.1, power=power)
+        denoise = steered(process, lambda x, timestep, to=asked: to.append((x, timestep)) or 0 * x, weights)
+        made = denoise(X, level)
+        denoise(X + 1, level)
+        (x, timestep), (other, _) = asked
+        kappa = 0.1 * float(level[0].max()) ** power
+        told = jnp.where(level == 0, kappa, level)
+        np.testing.assert_allclose(timestep, np.tile(process.timestep(told), (2, 1)), rtol=1e-6)
+        clean = np.tile(level == 0, (2, 1))
+        assert np.array_equal(x[~clean], np.concatenate([X, X])[~clean])
+        alpha, sigma = (float(part(jnp.float32(kappa))) for part in (process.alpha, process.sigma))
+        noise = (x[clean] - alpha * np.concatenate([X, X])[clean]) / sigma
+        assert 0.7 < np.std(noise) < 1.3 and abs(np.mean(noise)) < 0.4
+        # At another step, of other latents, it is the same noise, and for text and negative prompt too.
+        again = (other[clean] - alpha * np.concatenate([X + 1, X + 1])[clean]) / sigma
+        np.testing.assert_allclose(again, noise, atol=1e-3 if sigma > 0.02 else 2e-2)
+        np.testing.assert_array_equal(*np.split(np.asarray(x), 2))
+        assert np.array_equal(made.clean[level == 0], X[level == 0])
+
+
+def test_history_is_shown_no_clearer_than_its_context_noise():
+    level, x = jnp.array([[0.0, 0.0, 0.7]]), jnp.ones((1, 3, 1, 1, 1))
+    for shown, seen in ((0.0, 0.1), (0.2, 0.2)):
+        levels = [row.tolist() for _, row in Looks(False, 2).rows(flow, x, level, shown, jnp.array([[0.1]]))]
+        expected = [[0.1, 0.1, 0.7], [1, 1, 0.7], [seen, 1, 0.7], [1, seen, 0.7]]
+        np.testing.assert_allclose(np.concatenate(levels), expected, rtol=1e-6)
+
+
+def rows(name: str, given: list[int]) -> np.ndarray:
+    """Of 50 steps; then nothing moves, so that one program serves all schedules."""
+    levels = zoo.levels(name, pusa(50), strengths(given))
+    return levels[np.minimum(np.arange(351), len(levels) - 1)]
+
+
+@jax.jit
+def in_noise(weights: Weights, rows) -> jax.Array:
+    def ask(x, timestep):
+        level = timestep / 1000
+        return flow.target(*exact(flow, x, level), level)
+
+    noise, canvas = (np.concatenate([part, 0 * part[:1]]) for part in (NOISE, CANVAS))
+    return sample(flow, steered(flow, ask, weights, Looks(False)), unipc, noise, canvas, rows)
+
+
+def gaussian(context: float, given: list[int], name: str = "together", power: float = 0.0) -> tuple:
+    """How the frames of the known video depend on noise and on canvas, each [f f]: as `transport` of there.
+
+    The noise of the context only adds to them, the same for all: the last row has nothing else.
+    """
+    made = np.asarray(in_noise(Weights(context=context, power=power), rows(name, given)), np.float64)
+    kept = made[FRAMES:-1, given] - CANVAS[FRAMES:, given]
+    assert not np.any(kept) and not np.any(made[:FRAMES, given])
+    from_noise, from_canvas = (made[:-1] - made[-1]).reshape(2, FRAMES, FRAMES)
+    return from_noise.T, from_canvas.T
+
+
+@pytest.mark.parametrize("given", [[0], [0, 7], [2, 5, 6]], ids=str)
+def test_context_noise_gives_the_law_of_what_is_seen_in_noise(given):
+    """The law given (1 − κ)·h + κ·e in place of h, which a κ of 0.02 hardly changes."""
+    free = [f for f in range(FRAMES) if f not in given]
+    for kappa in (0.02, 0.3):
+        noise, canvas = gaussian(kappa, given)
+        cross = (1 - kappa) * COVARIANCE[np.ix_(free, given)]
+        seen = (1 - kappa) ** 2 * COVARIANCE[np.ix_(given, given)] + kappa**2 * np.eye(len(given))
+        pull = cross @ np.linalg.inv(seen)
+        np.testing.assert_allclose(canvas[np.ix_(free, given)], (1 - kappa) * pull, atol=2e-2)
+        spread = COVARIANCE[np.ix_(free, free)] - pull @ cross.T
+        np.testing.assert_allclose(noise[free] @ noise[free].T, spread, atol=2e-2)
+    assert distance(gaussian(0.02, given), given) < 0.003 < distance(gaussian(0.3, given), given)
+
+
+@pytest.mark.parametrize("name", ["pyramid:lag=6", "autoregressive"])
+def test_context_noise_of_what_has_become_clean_hardly_changes_the_law(name):
+    for power in (0.0, 2.0):
+        far = distance(gaussian(0.02, [0], name, power), [0])
+        # Measured at most 0.0002, as without.
+        assert far < 0.001

@@ -142,7 +142,7 @@ def test_a_decode_that_fails_loses_nothing(sample, monkeypatch):
         raise MemoryError("out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("fvdm_jax.sample.pictures", fails)
+        broken.setattr(Projector, "pictures", fails)
         code, _, errors = sample("--out", "one.mp4")
     assert code == 1 and "--decode one.latents.safetensors" in errors
     assert not Path("one.mp4").exists() and not Path("one.json").exists()

@@ -10,7 +10,7 @@ import pytest
 import small
 from PIL import Image
 
-from fvdm_jax import checkpoint, latents, lora, programs, video
+from fvdm_jax import checkpoint, latents, lora, programs, sampling, video
 from fvdm_jax.checkpoint import flatten, load_tree, save_tree
 from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.program import Refusal, run
@@ -35,6 +35,12 @@ def experts(model, tmp_path_factory) -> Path:
     told["sampling"] |= {"boundary": 0.7}
     (folder / "config.json").write_text(json.dumps(told))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Every device does all for itself, which is compiled sooner; test_sample has the others."""
+    monkeypatch.setattr(sampling.layouts, "recommended", lambda task, config, clip, devices, batch: "data=8")
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def raced() -> dict[str, dict]:
 
 @pytest.mark.parity
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
 def test_a_training_step_against_torch(capsys):
     """Some minutes on two cores and 18 GiB: the target is a ratio of 1, which is reported, not asserted."""
     code = "import json; import test_throughput as t; print(json.dumps(t.raced()))"

@@ -116,7 +116,7 @@ def killed(config, tmp_path_factory) -> Path:
     """A run that was killed at its 14th step, when the checkpoint of the tenth was there."""
     out = tmp_path_factory.mktemp("killed") / "run"
     process = elsewhere(config, out, STRIKE="13 9 4")
-    process.communicate(timeout=240)
+    process.communicate(timeout=600)
     assert process.returncode == -9
     assert sorted(path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()) == ["10"]
     assert [line["step"] for line in runs.metrics(out)][-1] > 10
@@ -152,7 +152,7 @@ def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
     out = tmp_path / "run"
     joined = "--coordinator", address, "--hosts", "2", "--mesh", mesh, "--host"
     processes = [elsewhere(config, out, *joined, str(i), devices=4) for i in range(2)]
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     state, lines = ended(config, out)
     assert far(state.params, whole[0].params) < 1e-5
@@ -164,7 +164,7 @@ def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
 def test_a_signal_saves_and_ends(whole, config, tmp_path, number, code):
     out = tmp_path / "run"
     process = elsewhere(config, out, STRIKE=f"6 {number} 0")
-    said = process.communicate(timeout=240)[1]
+    said = process.communicate(timeout=600)[1]
     assert process.returncode == code, said
     (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
     assert 7 <= saved < 10 and f"after step {saved}, which is saved" in said
