@@ -20,8 +20,8 @@ from fvdm_jax.zoo import Matrix
 SETTLING = 0.3
 """How much of its path a frame takes by calls alone: the first steps decide what there is to see.
 
-Without it 13 calls of 20 steps are worse on the bundled model than 13 steps; 0.2, as published, is worse by
-half than this at as many calls.
+The bundled model's latents are, after 20 steps of 4 prompts, off by 0.06 (relative L2) with 12 calls, where 13
+calls without this are off by 0.18, and 12 steps in place of 20 by 0.11.
 """
 
 
@@ -38,7 +38,7 @@ def plan(
 
     Source: TeaCache (arXiv 2411.19108), which has one level for all frames, and passes the changes through a
     polynomial that was fitted to each published model: thresholds are not the same numbers here. `settling`
-    is MagCache's retention ratio (arXiv 2506.09045).
+    is MagCache's retention ratio (arXiv 2506.09045), there 0.2.
     """
     moving = rows[1:] < rows[:-1]
     taken = np.cumsum(moving, axis=0) - moving

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,11 @@ class Keep:
 def latent(frames: int) -> int:
     """How many latent frames the first `frames` frames of a clip fill."""
     return 1 + (frames - 1) // STRIDE
+
+
+def total(frames: int, length: float | None, fps: float) -> int:
+    """Latent frames of a video of so many frames, or of `length` seconds, rounded up."""
+    return latent(frames) if length is None else 1 + max(0, math.ceil((length * fps - 1) / STRIDE))
 
 
 class _Asked(NamedTuple):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from fvdm_jax import latents, prompt_files, zoo
 from fvdm_jax.defaults import PATCH, SAMPLING, Defaults, defaults
 from fvdm_jax.flags import OUT, TINY, parser
-from fvdm_jax.keeps import Keep, latent, placed
+from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
@@ -97,10 +96,18 @@ class Request:
     @property
     def strength(self) -> list[float]:
         """For every latent frame how much of the path it takes part in: 0 kept … 1 generated."""
-        strength = [1.0] * self.total
+        return self._each("strength")
+
+    @property
+    def settled(self) -> list[float]:
+        """The same at the last step; `strength` is that at the first."""
+        return self._each("settled")
+
+    def _each(self, name: str) -> list[float]:
+        values = [1.0] * self.total
         for keep in self.keeps:
-            strength[keep.first : keep.first + keep.count] = [keep.strength] * keep.count
-        return strength
+            values[keep.first : keep.first + keep.count] = [getattr(keep, name)] * keep.count
+        return values
 
     @property
     def outputs(self) -> tuple[Path, Path, Path]:
@@ -119,11 +126,6 @@ class Request:
         for name in ("debug", "explain", "overwrite", "decode", "keeps"):
             del settings[name]
         return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
-
-
-def total(frames: int, length: float | None, fps: float) -> int:
-    """Latent frames of a video of so many frames, or of `length` seconds, rounded up."""
-    return latent(frames) if length is None else 1 + max(0, math.ceil((length * fps - 1) / STRIDE))
 
 
 def parse(argv: Sequence[str]) -> Request:
@@ -200,7 +202,7 @@ def _stored(given: dict) -> Request:
     if saved.shape != shape or len(told["strength"]) != shape[1]:
         what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
         raise Refusal(given["decode"], what, "give the model that made them with --model")
-    keeps = (Keep(i, 1, Path(), "image", s) for i, s in enumerate(told["strength"]) if s < 1)
+    keeps = (Keep(i, 1, Path(), "image", s, s) for i, s in enumerate(told["strength"]) if s < 1)
     values = {name: told[name] for name in (*RULES, "size", "keep", "lora", "interval", "preset", "still")}
     # Decoding knows no windows.
     values |= {"frames": 1 + STRIDE * (frames - 1), "length": None}

@@ -219,9 +219,14 @@ class Studio:
 
 
 def rows(request: Request, strength) -> zoo.Matrix:
-    """The level of every frame of a window at every step, [s + 1 f], where they take part so much, [f]."""
-    sigmas = SPACINGS[request.spacing](request.steps, request.shift)
-    return zoo.levels(request.schedule, sigmas, np.asarray(strength))
+    """The level of every frame of a window at every step, [s + 1 f], where they take part so much, [f].
+
+    Those that the request has itself may change over the steps; a later window's do not.
+    """
+    sigmas, strength = SPACINGS[request.spacing](request.steps, request.shift), np.float32(strength)
+    own = np.float32(request.strength[: len(strength)])
+    settled = request.settled[: len(strength)] if np.array_equal(strength, own) else None
+    return zoo.levels(request.schedule, sigmas, strength, settled)
 
 
 def guided(request: Request) -> bool:

@@ -17,7 +17,7 @@ from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import lines, parse
 from fvdm_jax.sample import main
-from fvdm_jax.studio import Studio
+from fvdm_jax.studio import Studio, rows
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +285,16 @@ def test_an_image_that_stands_still_is_four_pictures(here, model):
     clip = np.repeat(video.to_unit(video.read("a.png", 1, (32, 48)))[None], 5, 1)
     assert np.abs(still - np.asarray(networks.encode(params, clip))[:, 1]).max() < 1e-5
     assert np.abs(still - made(model, "--keep", "2=a.png")[:, 2]).max() > 1e-3
+
+
+def test_a_strength_that_changes_is_another_video(here, model):
+    """It ends where the last strength does, and the matrix says so."""
+    one = parse(["--model", str(model), "--keep", "1=a.png:0.8-0.2", "--steps", "4"])
+    assert one.strength == [1.0, 0.8, 1.0] and one.settled == [1.0, 0.2, 1.0]
+    matrix = rows(one, one.strength)
+    assert np.allclose(matrix[:, 1] / np.maximum(matrix[:, 0], 1e-9), [0.8, 0.65, 0.5, 0.35, 0])
+    soft, firm = (made(model, "--keep", f"1=a.png:{s}", "--steps", "4") for s in ("0.8-0.2", "0.8"))
+    assert np.abs(soft - firm).max() > 1e-3
 
 
 def test_a_preset_sets_what_no_flag_says(here, model, experts):
