@@ -20,8 +20,8 @@ from fvdm_jax.zoo import Matrix
 SETTLING = 0.3
 """How much of its path a frame takes by calls alone: the first steps decide what there is to see.
 
-The bundled model's latents are, after 20 steps of 4 prompts, off by 0.06 (relative L2) with 12 calls, where 13
-calls without this are off by 0.18, and 12 steps in place of 20 by 0.11.
+The bundled model's latents are, after 20 steps of 4 prompts, off by 0.06 (relative L2) with 12 calls, where
+13 calls without this are off by 0.18, and 12 steps in place of 20 by 0.11.
 """
 
 

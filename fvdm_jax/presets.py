@@ -26,8 +26,8 @@ PRESETS: dict[str, dict] = {
     | EXPERTS
     | {"solver": "euler", "spacing": "pusa", "steps": 4, "guidance": 1.0, "strengths": (1.0,)},
 }
-"""By name. Beside settings of a request: `strengths`, of an expert's `--lora` in the order given, the last for
-all that follow (Lightning goes first, as Pusa merges it), and `kept`, of a `--keep` that states none.
+"""By name. Beside a request's settings: `strengths`, of an expert's `--lora` in the order given, the last for
+those that follow (Lightning goes first, as Pusa merges it); and `kept`, of a `--keep` that states none.
 
 Guidance of two experts is (high noise, low noise). Pusa's README writes 1.4 for every LoRA, its text-to-video
 script 1.3 for the expert of high noise: `--lora high=DIR:1.3`.

@@ -202,6 +202,6 @@ def far(clips: np.ndarray, like: np.ndarray) -> float:
     return float(np.linalg.norm(clips - like) / np.linalg.norm(like))
 
 
-# Threshold, calls, and a bound on the error: measured 0.027, 0.057 and 0.103, chaotic as early steps are. As many
-# steps in place of 20 are off by 0.059, 0.108 and 0.155, which is more in all, though not for every prompt.
+# Threshold, calls, a bound on the error: measured 0.027, 0.057 and 0.103; machines differ. As many steps in
+# place of 20 are off by 0.059, 0.108 and 0.155, which is more in all, though not for every prompt.
 MEASURED = ((0.1, 16, 0.04), (0.2, 12, 0.08), (0.4, 10, 0.14))
