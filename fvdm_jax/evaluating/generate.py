@@ -65,7 +65,9 @@ class Examiner:
         self._reader = Reader(request.model, self.networks, stages)
         looks = Looks(request.guidance != 1, 0 if request.history == 1 else 1)
         network, process = lora.Network(self.networks.dit), PROCESSES[request.process]
-        self._sample = jax.jit(Generation(network, process, SAMPLERS[request.solver], looks).sample)
+        generation = Generation(network, process, SAMPLERS[request.solver], looks)
+        # A step at a time, so that one program serves schedules of any length.
+        self._programs = sampling.programs(generation, self._over)
         self._draw = jax.jit(source.moving_shapes, static_argnums=(1, 2, 3))
         _, h, w, c = self._shape
         vae, (height, width) = self._params["vae"], request.size
@@ -115,13 +117,17 @@ class Examiner:
         with self._stages("losses"), jax.set_mesh(self._over):
             return jax.tree.map(float, self._errors(self._params, {}, batch))
 
-    def made(self, case: Case, truth: Truth, states: np.ndarray) -> Made:
-        """The case of true clips, told their captions; the noise of a clip is the same in every case."""
+    def made(self, case: Case, truth: Truth, states: np.ndarray, schedule: str = "") -> Made:
+        """The case of true clips, told their captions; the noise of a clip is the same in every case.
+
+        `schedule` may be another than the request's.
+        """
         given = [(kept, self.encoded(truth.pixels[:, kept.pixels])) for kept in case.kept]
         task = tasks.text_to_video((len(truth.index), *self._shape))
         for kept, latents in given:
             task = task.keep(latents, kept.first)
-        generate = partial(self._window, truth.index, self._told(states))
+        schedule = schedule or self._request.schedule
+        generate = partial(self._window, truth.index, self._told(states), schedule)
         latents = rollout.extend(generate, task, case.windows, case.overlap)
         return Made(self.decoded(latents), [self.decoded(alone) for _, alone in given])
 
@@ -135,19 +141,22 @@ class Examiner:
         nothing = self._reader.states(self._request.negative)
         return self._spread(states), self._spread(np.broadcast_to(nothing, states.shape))
 
-    def _window(self, index: range, prompts: tuple, task: tasks.Task, window: int) -> jax.Array:
+    def _window(self, index: range, prompts: tuple, schedule: str, task: tasks.Task, window: int):
         """A window of clips with these indices; each clip's noise is by its index and that of the window."""
         request = self._request
         key = jax.random.fold_in(jax.random.key(request.seed), window)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
         noise = jax.vmap(lambda key: jax.random.normal(key, self._shape))(keys)
         sigmas = SPACINGS[request.spacing](request.steps, request.shift)
-        rows = zoo.levels(request.schedule, sigmas, np.asarray(task.strength))
+        rows = zoo.levels(schedule, sigmas, np.asarray(task.strength))
         weights = jax.tree.map(jnp.float32, Weights(request.guidance, request.history))
-        inputs = self._spread((noise, task.canvas))
+        noise, canvas = self._spread((noise, task.canvas))
         with self._stages("denoise"), jax.set_mesh(self._over):
-            made = self._sample(self._params, prompts, weights, *inputs, rows)
-            return jax.block_until_ready(made)
+            told = self._programs.told(self._params, prompts)
+            carry = self._programs.begin(noise, canvas, rows)
+            for s in range(len(rows) - 1):
+                carry = self._programs.advance(self._params, told, weights, carry, rows[s : s + 2])
+            return jax.block_until_ready(carry[0])
 
     def _spread(self, tree):
         """Arrays over clips, shared by the devices."""
