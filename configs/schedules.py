@@ -5,8 +5,8 @@
 
 It prints a table in Markdown, as README.md has it: calls of the network for one window, how many frames are
 under way at once, whether colour and tone are as the prompt says, and how much a frame changes to the next,
-over that of true clips; then of a video of 8 windows the drift in colour from the first to the last window and
-the jump at the seams, both in ΔE, and the changes again. The clips are those of fvdm_jax.evaluate.
+over that of true clips; then of a video of 8 windows the drift in colour from the first to the last window
+and the jump at the seams, both in ΔE, and the changes again. The clips are those of fvdm_jax.evaluate.
 """
 
 import dataclasses
