@@ -113,6 +113,26 @@ def test_each_expert_has_its_own_guidance_and_loras(here, experts):
     assert np.array_equal(same, made(experts)) and not np.array_equal(same, differing)
 
 
+def test_one_program_whatever_is_asked(here, model, monkeypatch):
+    """Of a size there is one step, to the letter: tasks, schedules, numbers of steps and weights are data."""
+    texts, compile = [], programs.compiled
+
+    def told(say, lowered, what, *options):
+        if what.startswith("denoise"):
+            texts.append(lowered.as_text())
+        return compile(say, lowered, what, *options)
+
+    monkeypatch.setattr(programs, "compiled", told)
+    asked = (
+        "", "--steps 5 --shift 7", "--keep 0=a.png --keep 2=b.png:0.6-0.1 --prompt a", "--schedule autoregressive",
+        "--guidance 6 --interval 0.2-0.9 --rescale 0.5", "--seed 9 --prompt square", "--context-noise 0.02,2",
+    )  # fmt: skip
+    for flags in asked:
+        made(model, *flags.split())
+    assert len(texts) == len(asked)
+    assert [texts.index(text) for text in texts] == [0] * len(asked)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
