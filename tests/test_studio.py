@@ -124,8 +124,8 @@ def test_one_program_whatever_is_asked(here, model, monkeypatch):
 
     monkeypatch.setattr(programs, "compiled", told)
     asked = (
-        "", "--steps 5 --shift 7", "--keep 0=a.png --keep 2=b.png:0.6-0.1 --prompt a", "--schedule autoregressive",
-        "--guidance 6 --interval 0.2-0.9 --rescale 0.5", "--seed 9 --prompt square", "--context-noise 0.02,2",
+        "", "--steps 5 --shift 7", "--keep 0=a.png --keep 2=b.png:0.6-0.1 --prompt a",
+        "--schedule autoregressive", "--guidance 6 --interval 0.2-0.9 --rescale 0.5", "--seed 9 --prompt square", "--context-noise 0.02,2",
     )  # fmt: skip
     for flags in asked:
         made(model, *flags.split())
