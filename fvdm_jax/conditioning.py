@@ -14,9 +14,7 @@ from jaxtyping import Array, Bool, Float
 from fvdm_jax.models.clip import CLIPConfig, ImageEncoder, ImageTokens, preprocess
 from fvdm_jax.models.dit import DiTConfig, Extra
 from fvdm_jax.shapes import Latents, Video
-
-STRIDE = 4
-"""Pixel frames of a latent frame, but for the first, which is one; Wan has a mask channel for each."""
+from fvdm_jax.video import STRIDE
 
 Pictures = Mapping[int, Float[np.ndarray, "H W 3"] | Float[np.ndarray, "k H W 3"]]
 """Pictures or clips in −1 … 1 by the pixel frame at which each starts; negative: from the end."""

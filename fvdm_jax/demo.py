@@ -5,7 +5,7 @@ import webbrowser
 from pathlib import Path
 
 from fvdm_jax import machine, rules
-from fvdm_jax.defaults import defaults
+from fvdm_jax.defaults import check_plain, defaults
 from fvdm_jax.evaluating.cases import LEAST, TASKS
 from fvdm_jax.program import Parser, Refusal, check_output, leave, outputs, run, whole
 from fvdm_jax.progress import Stages
@@ -36,8 +36,12 @@ def parse(argv: list[str]) -> tuple[object, Request]:
     given = parser().parse_args(argv)
     if wrong := rules.whole_from(0, 10**6)(given.clip):
         raise Refusal("--clip", f"{given.clip} {wrong[0]}", wrong[1])
+    if given.seed >= 2**31:
+        raise Refusal("--seed", f"{given.seed} is not below 2^31", "give a smaller one")
     asked = Request(prompt="", model=given.model, steps=given.steps, seed=given.seed, explain=True)
-    request = validate(asked, defaults(given.model))
+    model = defaults(given.model)
+    check_plain(model)
+    request = validate(asked, model)
     if request.latent_frames < LEAST:
         what = f"{given.model} makes {request.latent_frames} latent frames, and tasks need {LEAST}"
         raise Refusal("--model", what, "give a model of longer clips")

@@ -74,7 +74,6 @@ def fitting(devices: list) -> list[str]:
     """A line for each published size: whether a guided clip, and training, fit these devices."""
     from fvdm_jax import layouts, lora, sampling, sharding
     from fvdm_jax.models.dit import SIZES
-    from fvdm_jax.planning import estimates
     from fvdm_jax.planning.roofline import Step
 
     free, lines = machine.free(devices[0]), []
@@ -87,9 +86,9 @@ def fitting(devices: list) -> list[str]:
         training = sharding.sizes(layout, len(devices))
         clips = training["data"] * training["fsdp"]
         needs = {
-            "sampling": estimates.held(sample) + estimates.activations(sample),
-            "LoRA of 64": _training(estimates, Step(config, clip, training, clips, rank=64)),
-            "all parameters": _training(estimates, Step(config, clip, training, clips)),
+            "sampling": needed(sample),
+            "LoRA of 64": needed(Step(config, clip, training, clips, rank=64)),
+            "all parameters": needed(Step(config, clip, training, clips)),
         }
         told = [
             f"{what} {need / GIB:.0f} GiB {'fits' if need < free else 'no'}" for what, need in needs.items()
@@ -98,7 +97,10 @@ def fitting(devices: list) -> list[str]:
     return lines
 
 
-def _training(estimates, step) -> float:
+def needed(step) -> float:
+    """Bytes that a `roofline.Step` takes of a device, by formulas."""
+    from fvdm_jax.planning import estimates
+
     return estimates.held(step) + estimates.activations(step)
 
 

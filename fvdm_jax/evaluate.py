@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvdm_jax import machine, rules
-from fvdm_jax.defaults import defaults
+from fvdm_jax.defaults import check_plain, defaults
 from fvdm_jax.evaluating.cases import LEAST, TASKS
 from fvdm_jax.evaluating.vbench import Export, Pair, collected, pairs
 from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, plain, run, whole
@@ -141,7 +141,10 @@ def _request(given) -> Request:
         guidance=given.guidance, seed=given.seed, explain=True,
         schedule=given.schedule, history=given.history,
     )  # fmt: skip
-    request = validate(asked, defaults(given.model))
+    model = defaults(given.model)
+    if not given.export:
+        check_plain(model)
+    request = validate(asked, model, base=True)
     if request.latent_frames < LEAST and not given.export:
         what = f"{given.model} makes {request.latent_frames} latent frames, and tasks need {LEAST}"
         raise Refusal("--model", what, "give a model of longer clips")

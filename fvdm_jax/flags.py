@@ -129,7 +129,7 @@ def _made(add: Callable) -> None:
         default=[],
         metavar="[high=|low=]DIR[:STRENGTH]",
         help="a LoRA, as a folder that `python -m convert` has made, of both experts or one; repeatable; "
-        "strength 1 if not given",
+        "strength 1 if not given, or the preset's",
     )
     add("--out", type=Path, default=OUT, metavar="PATH", help=".mp4 or .gif; default fvdm.mp4")
     add("--overwrite", action="store_true", help="replace files that exist")

@@ -37,18 +37,22 @@ class Given:
     def extra(self, request: Request, pictures: int) -> Extra:
         """Mask and latents of a clip that is gray but for what is kept, and CLIP's tokens of its `pictures`.
 
-        An image stands at the last pixel frame of its latent frame, as FLF2V has the last one. Source:
+        An image, and the first of a clip, stands at the last pixel frame of its latent frame, as FLF2V has
+        the last one, so that what is kept to the end reaches it. Source:
         `conditioning`; but pictures are scaled to cover the video and cropped, with Lanczos' filter, where
         Wan chooses the video's sides by the picture and scales it with torch's bicubic one.
         """
         placed = {}
         for keep in request.keeps:
-            clip = keep.kind != "image" and keep.first > 0
-            at = video.STRIDE * keep.first - (video.STRIDE - 1) * clip
-            placed[at] = self._pixels(request, keep)[0]
+            placed[video.STRIDE * keep.first] = self._pixels(request, keep)[0]
         latents = self._encoded(conditioning.canvas(placed, request.frames, request.size))
         channels = conditioning.channels(latents, conditioning.given(placed, request.frames))
         return Extra(channels, self._seen(request, pictures) if self._networks.dit.image_width else None)
+
+    def forget(self) -> None:
+        """Gives back what the networks take that look at pictures."""
+        for name in ("_encoder", "_tower"):
+            self.__dict__.pop(name, None)
 
     def _pixels(self, request: Request, keep: Keep) -> np.ndarray:
         with self._stages("read"):
@@ -77,7 +81,13 @@ class Given:
             held = video.probe(keep.path)
             pixels = video.read(keep.path, 1, (held.height, held.width), at, request.fps)
             shown.append(video.to_unit(pixels)[0])
-        with self._stages("load"):
-            params = checkpoint.load(request.model, ("clip",))[1]
+        params, look = self._tower
         with self._stages("encode"):
-            return jax.block_until_ready(jax.jit(self._networks.look)(params, shown))
+            return jax.block_until_ready(look(params, shown))
+
+    @functools.cached_property
+    def _tower(self) -> tuple:
+        """CLIP's parameters, and the function that looks."""
+        with self._stages("load"):
+            networks, params = checkpoint.load(self._request.model, ("clip",))
+        return params, jax.jit(networks.look)

@@ -22,8 +22,8 @@ what --keep takes
   last=clip.mp4           leads to the clip: ends with its first frames
   0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
   p37=cat.png             an image at frame 37 of the video: at latent frame 10, which is 37 to 40
-  STRENGTH                0 (default) keeps bit for bit, 1 ignores the file, between loosens; it is what
-                          follows the last colon, if that is a number. 0.6-0.1 changes over the steps.
+  STRENGTH                0 (default, but for presets) keeps bit for bit, 1 ignores the file, between loosens; it
+                          is what follows the last colon, if that is a number. 0.6-0.1 changes over the steps.
 A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
 about half of the video. Pictures are scaled to cover the video and cropped to its middle; of a clip those
 frames are taken that a player shows at the video's rate (--fps), whatever its own. What is kept is kept in
@@ -86,7 +86,9 @@ class _Asked(NamedTuple):
 
 def _asked(text: str, frames: int, otherwise: float) -> _Asked:
     flag, (place, equals, file) = f"--keep {text}", text.partition("=")
-    match = re.fullmatch(r"(p?\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
+    match = re.fullmatch(r"(p\d{1,9}|\d{1,9}|last)((?<!p)-(\d{1,9}|last))?", place, re.ASCII)
+    if match and match[2] and match[1].startswith("p"):
+        match = None
     valid = f"give 0 to {frames - 1}, last, or a range such as 0-{frames - 1}, then =FILE"
     if not match or not equals:
         raise Refusal(flag, f"{place!r} is no latent frame" if equals else "has no =FILE", valid)
@@ -99,6 +101,9 @@ def _asked(text: str, frames: int, otherwise: float) -> _Asked:
         raise Refusal(flag, f"{place} is outside the video's {frames} latent frames", valid)
     form = "range" if match[2] else "end" if place == "last" else "start"
     path, *strengths = _loosened(file, otherwise)
+    if strengths[0] == 0 < strengths[1]:
+        what = "begins at a strength of 0, which is kept and does not change"
+        raise Refusal(flag, what, "begin above 0, such as 0.1-0.5")
     if not all(0 <= strength <= 1 for strength in strengths):
         what = f"the strength {file.rpartition(':')[2]} is outside 0 to 1"
         raise Refusal(flag, what, "0 keeps, 1 ignores, 0.3 loosens")

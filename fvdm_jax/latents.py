@@ -89,8 +89,11 @@ class Reel:
     Until it is whole it has another name, `part`, beside that of the file that it becomes.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], settings: dict):
-        """Opens what a run with the same shape and settings has left, else begins anew."""
+    def __init__(self, path: Path, shape: tuple[int, ...], settings: dict, replace: bool = False):
+        """Opens what a run with the same shape and settings has left, else begins anew.
+
+        Raises Refusal where what is left is of another video, unless that is to be replaced.
+        """
         self._path, self._shape, self.part = path, shape, path.with_name(f"{path.name}.part")
         self._frame = 4 * math.prod(shape[2:])
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._frame * shape[1]]}
@@ -100,10 +103,30 @@ class Reel:
         self._head = struct.pack("<Q", len(text)) + text
         with _named(self.part):
             self._file = open(self.part, "r+b" if self.part.exists() else "w+b")
-            if self._file.read(len(self._head)) != self._head:
-                self._file.seek(0)
-                self._file.truncate()
-                self._file.write(self._head)
+            found = self._file.read(len(self._head) + LONGEST)
+            if found and self._same(found, json.loads(json.dumps(header))):
+                self._head = found[: 8 + struct.unpack("<Q", found[:8])[0]]
+                return
+            if found and not replace:
+                self._file.close()
+                right = "give the settings that it was begun with, or --overwrite"
+                raise Refusal(self.part, "is of a video of other settings that was stopped", right)
+            self._file.seek(0)
+            self._file.truncate()
+            self._file.write(self._head)
+
+    @staticmethod
+    def _same(found: bytes, header: dict) -> bool:
+        """Whether a file that begins so is of that header, but for how its work was laid out."""
+        try:
+            other = json.loads(found[8 : 8 + struct.unpack("<Q", found[:8])[0]])
+            both = [json.loads(one.pop("__metadata__")["settings"]) for one in (other, header)]
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+            return False
+        for name in ("mesh", "attention"):
+            for settings in both:
+                settings.pop(name, None)
+        return other == header and both[0] == both[1]
 
     def __enter__(self) -> "Reel":
         return self

@@ -9,8 +9,7 @@ class Stages:
     """The named stages of one run, shown on standard error; `seconds` has the wall time of each.
 
     A stage that is entered again goes on where it was; one that is entered within another interrupts it. On a
-    terminal the lines live; elsewhere they are
-    written once, when the run ends.
+    terminal the lines live; elsewhere they are written once, when the run ends.
     """
 
     def __init__(self):
@@ -26,6 +25,7 @@ class Stages:
         columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description:<8}"), Seconds())
         bar = (BarColumn(24), TextColumn("{task.fields[steps]}"))
         self.seconds: dict[str, float] = {}
+        self._before: dict[str, float] = {}
         self._progress = Progress(*columns, *bar, console=Console(stderr=True))
         self._tasks: dict = {}
         self._running: tuple[str, float] | None = None
@@ -61,6 +61,16 @@ class Stages:
         finally:
             self.seconds[name] = self._elapsed(name)
             self._running = (outer[0], time.perf_counter()) if outer else None
+
+    def begin(self) -> None:
+        """From here on `since` counts; before, it is the whole run."""
+        self._before = dict(self.seconds)
+
+    @property
+    def since(self) -> dict[str, float]:
+        """The seconds of each stage since `begin`."""
+        past = {name: self._elapsed(name) - self._before.get(name, 0.0) for name in self.seconds}
+        return {name: seconds for name, seconds in past.items() if seconds > 0}
 
     def expect(self, name: str, steps: int | None) -> None:
         """Says that the stage of this name takes so many steps, each of which will be told by `step`."""

@@ -33,7 +33,7 @@ class Line(NamedTuple):
 def read(path: Path) -> list[Line]:
     """The lines of the file. Raises Refusal, named --prompts, where one is none, or there is none."""
     try:
-        rows = path.read_text("utf-8").splitlines()
+        rows = path.read_text("utf-8-sig").split("\n")
     except OSError as failure:
         raise Refusal("--prompts", f"{path} cannot be read: {failure.strerror}", "give a file") from failure
     except UnicodeDecodeError as wrong:

@@ -1,27 +1,23 @@
-"""What a user asks of `python -m fvdm_jax.sample`: read, checked and completed."""
+"""What a user asks of `python -m fvdm_jax.sample`: checked and completed."""
 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
-from fvdm_jax import latents, prompt_files, zoo
-from fvdm_jax.defaults import PATCH, SAMPLING, Defaults, defaults
-from fvdm_jax.flags import OUT, TINY, parser
+from fvdm_jax import prompt_files, zoo
+from fvdm_jax.defaults import SAMPLING, Defaults
+from fvdm_jax.flags import OUT, TINY
 from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
-from fvdm_jax.rules import RULES, sides, strengths, texts
+from fvdm_jax.rules import RULES, sides
 from fvdm_jax.video import STRIDE
 
 FLAGS = ("seed", "schedule", "rescale", "history", "history_level", "history_windows", "length", "overlap",
          "anchors", "context_noise", "cache")  # fmt: skip
 """The settings that no model has of its own."""
-
-LATER = ("lora", "schedule", "interval", "boundary", "preset", "still", *FLAGS[2:])
-"""The settings that not all files of latents name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +87,17 @@ class Request:
     @property
     def rolls(self) -> bool:
         """Whether a long video is made by a queue, and not in windows."""
-        return self.length is not None and self.schedule.startswith("rolling")
+        return self.length is not None and self.schedule.partition(":")[0] == "rolling"
+
+    @property
+    def new(self) -> int:
+        """Latent frames of a window that those before it have not."""
+        return self.latent_frames - self.overlap - self.anchors
+
+    @property
+    def windows(self) -> int:
+        """How many windows a long video has."""
+        return 1 + -(-(self.total - self.latent_frames) // self.new)
 
     @property
     def strength(self) -> list[float]:
@@ -122,99 +128,24 @@ class Request:
     @property
     def settings(self) -> dict:
         """Every setting as plain JSON values; what the video's comment and the settings file hold."""
-        settings = dataclasses.asdict(self) | {"strength": self.strength}
+        given = {str(keep.path): _stamp(keep.path) for keep in self.keeps if not self.decode}
+        settings = dataclasses.asdict(self) | {"strength": self.strength, "files": given}
         for name in ("debug", "explain", "overwrite", "decode", "keeps"):
             del settings[name]
         return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
 
 
-def parse(argv: Sequence[str]) -> Request:
-    """The validated Request of a command line. Raises Refusal, or SystemExit after --help."""
-    given = vars(parser().parse_args(argv))
-    if given["decode"]:
-        return _stored(given)
-    several = {name: tuple(given[name]) for name in ("keep", "lora")}
-    request = Request(**given | several | {"model": given["model"] or TINY})
-    return validate(request, defaults(request.model))
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file: another one of its name is not the same."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
-def lines(request: Request) -> list[Request]:
-    """A validated request for each video: itself, or one for each line of its file of prompts.
-
-    Those whose video is there, made with the same settings, are left out. Raises Refusal for a line that
-    cannot be.
-    """
-    if request.prompts is None or request.length is not None:
-        return [request]
-    asked, model, requests = prompt_files.read(request.prompts), defaults(request.model), []
-    for number, line in enumerate(asked, 1):
-        said = {name: value for name, value in line._asdict().items() if value is not None}
-        out = request.out.with_stem(f"{request.out.stem}-{number:0{len(str(len(asked)))}}")
-        one = dataclasses.replace(request, **said, prompts=None, out=out)
-        try:
-            one = validate(one, model, outputs=False)
-            ours = _ours(one)
-            if not (ours and one.out.exists()):
-                # What an earlier run of the same had half replaced is no stranger's.
-                one = dataclasses.replace(one, overwrite=one.overwrite or ours)
-                _check_outputs(one)
-                requests.append(one)
-        except Refusal as refusal:
-            where = f"{request.prompts}, video {number}: {refusal.where}"
-            raise Refusal(where, refusal.what, refusal.right) from refusal
-    return requests
-
-
-def _ours(request: Request) -> bool:
-    """Whether the settings that lie there, the first of its outputs to be whole, are the request's."""
-    try:
-        told = json.loads(request.outputs[-1].read_text("utf-8"))
-        return told.items() >= request.settings.items()
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-FOR_DECODE = ("decode", "model", "out", "fps", "tiles", "overwrite", "debug")
-
-
-def _stored(given: dict) -> Request:
-    """The Request that the latents of --decode were made by, with what is given besides. Raises Refusal."""
-    unset = vars(parser().parse_args([]))
-    if late := [name for name in given if given[name] != unset[name] and name not in FOR_DECODE]:
-        right = f"with it go {', '.join(f'--{name}' for name in FOR_DECODE[1:])}"
-        raise Refusal(f"--{late[0]}", "has no effect with --decode: the latents are made", right)
-    saved = latents.probe(given["decode"])
-    # Latents of before a setting was there do not name it.
-    told = {field.name: field.default for field in dataclasses.fields(Request) if field.name in LATER}
-    told |= {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
-    chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
-    model = defaults(chosen.get("model") or Path(str(told.get("model"))))
-    rules = RULES | {"size": sides(model.multiple), "keep": texts, "strength": strengths}
-    for name, rule in rules.items():
-        if rule(told.get(name)):
-            raise Refusal(given["decode"], f"does not say with what {name} it was made", "sample again")
-    if wrong := RULES["fps"](chosen.get("fps", 1)):
-        raise Refusal("--fps", f"{chosen['fps']} {wrong[0]}", wrong[1])
-    spatial = model.multiple // PATCH
-    height, width = (side // spatial for side in told["size"])
-    frames = total(told["frames"], told["length"], told["fps"])
-    shape = (1, frames, height, width, model.channels)
-    if saved.shape != shape or len(told["strength"]) != shape[1]:
-        what = f"holds latents {list(saved.shape)}, and of {model.config.parent} they would be {list(shape)}"
-        raise Refusal(given["decode"], what, "give the model that made them with --model")
-    keeps = (Keep(i, 1, Path(), "image", s, s) for i, s in enumerate(told["strength"]) if s < 1)
-    values = {name: told[name] for name in (*RULES, "size", "keep", "lora", "interval", "preset", "still")}
-    # Decoding knows no windows.
-    values |= {"frames": 1 + STRIDE * (frames - 1), "length": None}
-    request = Request(**values | {"model": model.config.parent, "keeps": tuple(keeps)} | chosen)
-    _check_outputs(request)
-    return request
-
-
-def validate(request: Request, model: Defaults, outputs: bool = True) -> Request:
+def validate(request: Request, model: Defaults, outputs: bool = True, base: bool = False) -> Request:
     """The Request completed from preset and model, its keeps placed. Raises Refusal; changes nothing.
 
     In this order: values, files (images whole, clips by their header), and that the `outputs` can be written.
+    A `base` is of others, which have pictures of their own.
     """
     request, kept = _preset(request, model)
     filled, where = _filled(request, model)
@@ -227,15 +158,19 @@ def validate(request: Request, model: Defaults, outputs: bool = True) -> Request
     keeps = placed(filled.keep, filled.latent_frames, filled.fps, kept)
     complete = dataclasses.replace(filled, keeps=keeps)
     if complete.schedule.endswith(".json"):
+        if complete.strength != complete.settled:
+            what = "a strength that changes is of named schedules, and this one is a file's"
+            raise Refusal("--keep", what, "give one strength, or write it into the file")
         try:
             zoo.levels(complete.schedule, (), complete.strength[: complete.latent_frames])
         except ValueError as wrong:
             raise Refusal("--schedule", str(wrong)) from wrong
-    _check_pictures(complete, model)
-    complete = _windows(complete, model)
     several = complete.prompts is not None and complete.length is None
+    if not (base or several):
+        _check_pictures(complete, model)
+    complete = _windows(complete, model)
     if outputs and not complete.explain and not several:
-        _check_outputs(complete)
+        check_outputs(complete)
     return complete
 
 
@@ -299,6 +234,12 @@ def _check_pictures(request: Request, model: Defaults) -> None:
     if any(keep.strength for keep in request.keeps):
         what = f"has a strength, and {model.config.parent} takes pictures as they are"
         raise Refusal("--keep", what, "leave the strength out")
+    for name, idle in (("still", False), ("history", 1.0), ("context_noise", 0.0)):
+        if getattr(request, name) != idle:
+            what = (
+                f"has no effect: {model.config.parent} takes pictures beside the video, not as frames of it"
+            )
+            raise Refusal(f"--{name.replace('_', '-')}", what, "leave it out")
 
 
 def _windows(request: Request, model: Defaults) -> Request:
@@ -313,6 +254,8 @@ def _windows(request: Request, model: Defaults) -> Request:
     window, queue = request.latent_frames, request.rolls
     for wrong, what, right in (
         (model.pictures, f"cannot be of {model.config.parent}, which begins with a picture", "give another"),
+        (request.rolls and request.schedule != "rolling", "by a queue takes no option, but --overlap",
+         "give --schedule rolling"),
         (any(map(bool, request.tiles)), "is not decoded in tiles", "leave --tiles out"),
         (any(keep.first + keep.count == window for keep in request.keeps), "has no last frame to be kept",
          "keep frames of its beginning"),
@@ -331,12 +274,20 @@ def _windows(request: Request, model: Defaults) -> Request:
     if not overlap + request.anchors < window:
         what = f"{overlap} and {request.anchors} leave nothing of a window of {window} latent frames"
         raise Refusal("--overlap, --anchors", what, f"together at most {window - 1}")
-    told = [line.prompt for line in prompt_files.read(request.prompts)] if request.prompts else [None]
-    segments = tuple(request.prompt if prompt is None else prompt for prompt in told)
-    return dataclasses.replace(request, overlap=overlap, segments=segments)
+    told = prompt_files.read(request.prompts) if request.prompts else [prompt_files.Line(request.prompt)]
+    if any(line != prompt_files.Line(line.prompt) or line.prompt is None for line in told):
+        what = "says more of a window than its prompt, or not that"
+        raise Refusal(f"--prompts {request.prompts}", what, "give negative, seed and keep as flags")
+    segments = tuple(line.prompt for line in told)
+    request = dataclasses.replace(request, overlap=overlap, segments=segments)
+    if len(told) > request.windows:
+        what = f"has {len(told)} lines, and the video {request.windows} windows"
+        raise Refusal(f"--prompts {request.prompts}", what, "make it longer, or tell less")
+    return request
 
 
-def _check_outputs(request: Request) -> None:
+def check_outputs(request: Request) -> None:
+    """Raises Refusal where the outputs cannot be written, or would replace what is not to be replaced."""
     if request.out.suffix.lower() not in (".mp4", ".gif"):
         raise Refusal("--out", f"{request.out} ends in neither .mp4 nor .gif", "give such a name")
     if request.out.suffix.lower() == ".gif" and request.fps > 50:

@@ -1,33 +1,30 @@
 """Samples videos: from prompts, from pictures and clips that are kept, or from both; as long as one likes."""
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
 
 from fvdm_jax import latents, machine, zoo
+from fvdm_jax.commands import lines, parse
 from fvdm_jax.explain import explain, picture
+from fvdm_jax.flags import OUT
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import leave, legible, outputs, run
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import Request, lines, parse
+from fvdm_jax.request import Request
 
 
 def main(argv: list[str]) -> None:
     """Samples what `argv` asks for and writes the videos, their contact sheets and their settings."""
     request = parse(argv)
     requests = lines(request)
-    if request.preset:
+    if request.preset and not request.decode:
         told = (f"{name} {getattr(request, name, value)}" for name, value in PRESETS[request.preset].items())
         print(f"preset {request.preset}:", ", ".join(told))
     if request.explain:
-        print(picture(request.strength))
-        from fvdm_jax.studio import rows
-
-        matrix = rows(request, request.strength[: request.latent_frames])
-        print(explain(matrix))
-        calls, under_way = zoo.check(matrix)
-        most = "at most " if request.cache else ""
-        print(f"\n{most}{calls} calls of the network; at most {under_way} frames under way at once")
+        for one in requests:
+            explained(one)
         return
     if not requests:
         print("every video is there already, made with these settings")
@@ -43,11 +40,30 @@ def main(argv: list[str]) -> None:
         for one in requests:
             if one is not requests[0]:
                 tell(one)
+                stages.begin()
             if one.decode:
                 show(one, [latents.load(one.decode)], stages, projector)
             else:
                 (short if one.length is None else long)(one, studio, stages, projector)
             print("wrote", *one.outputs, *(() if one.decode else (one.latents,)))
+
+
+def explained(request: Request) -> None:
+    """Draws the noise level of every frame at every step, of the first window of a long video."""
+    from fvdm_jax.studio import calls, rows
+
+    frames = request.latent_frames
+    print(picture(request.strength))
+    if request.rolls:
+        queue = frames - request.overlap
+        request = dataclasses.replace(request, schedule=f"rolling:window={queue}", length=None)
+        print(f"of the first {frames} frames, after which the queue of {queue} rolls on:")
+    matrix = rows(request, request.strength[:frames])
+    print(explain(matrix))
+    most, counts = "at most " if request.cache else "", calls(request)
+    print(f"\n{most}{sum(counts)} calls of the network", end="")
+    print(f" in {len(counts)} windows" if len(counts) > 1 else "", end="")
+    print(f"; at most {zoo.check(matrix).under_way} frames under way at once")
 
 
 def tell(request: Request) -> None:
@@ -78,7 +94,9 @@ def long(request: Request, studio, stages: Stages, projector) -> None:
 
     Where an earlier run was stopped, it goes on after the last whole window.
     """
-    with latents.Reel(request.latents, studio.shape(request.total), request.settings) as reel:
+    replace = request.overwrite or request.out == OUT
+    reel = latents.Reel(request.latents, studio.shape(request.total), request.settings, replace)
+    with reel:
         if request.rolls:
             # A queue is of no use without what its solver remembers, which is not kept.
             reel.keep(0)
@@ -90,17 +108,16 @@ def long(request: Request, studio, stages: Stages, projector) -> None:
         try:
             show(request, _pieces(reel, coming, request.total), stages, projector)
         except BaseException:
-            what = f"{reel.frames} of {request.total} latent frames are safe"
-            again = "" if request.rolls else "; the same command goes on from there"
-            print(f"note: {what}{again}", file=sys.stderr)
+            if not request.rolls:
+                what = f"{reel.frames} of {request.total} latent frames are safe"
+                print(f"note: {what}; the same command goes on from there", file=sys.stderr)
             raise
         reel.finish()
 
 
 def _windows(request: Request, studio, reel: latents.Reel) -> Iterator:
     """The latents that are not on the reel yet, of which only whole windows are left there."""
-    frames = request.latent_frames
-    new = frames - request.overlap - request.anchors
+    frames, new = request.latent_frames, request.new
     whole = frames + (reel.frames - frames) // new * new if reel.frames >= frames else 0
     reel.keep(whole)
     return studio.windows(request, reel.read(0, whole) if whole else None)
@@ -140,7 +157,7 @@ def show(request: Request, made: Iterable, stages: Stages, projector) -> None:
                 video.write_mp4(drafts[0], seen(), request.fps, comment)
             sheet = video.contact_sheet(np.stack(chosen), strength=request.strength, frames=frames)
             sheet.save(drafts[1])
-        record = {"latents": str(request.latents), "seconds": stages.seconds, "device": machine.device()}
+        record = {"latents": str(request.latents), "seconds": stages.since, "device": machine.device()}
         record = request.settings | record | {"versions": machine.versions()}
         drafts[2].write_text(legible(record) + "\n", "utf-8")
 

@@ -16,7 +16,7 @@ from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.models.dit import NO_EXTRA, Extra
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.progress import Stages
-from fvdm_jax.prompts import Reader
+from fvdm_jax.prompts import Reader, trimmed
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
 from fvdm_jax.schedule import SPACINGS, switch
@@ -52,12 +52,18 @@ class Studio:
         stages.say(f"attention by {attention}" + (f"; devices: {sizes}" if sizes else ""))
         generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], looks)
         self._config, self._programs = config, sampling.programs(generation, self._over)
-        self._reader = Reader(request.model, self.networks, stages, machine.cache("text"))
         self._given = Given(request, dataclasses.replace(self.networks, dit=config), stages)
         self._compiled: dict[object, Callable] = {}
         self._plans: dict[object, np.ndarray] = {}
         self._held: dict[str, dict] = {}
-        self._read: dict[str, np.ndarray] = {}
+        self._last = requests[-1]
+        # Read first, so that the text encoder is gone before a transformer comes.
+        reader = Reader(request.model, self.networks, stages, machine.cache("text"))
+        told = (text for one in requests for text in (*(one.segments or (one.prompt,)), one.negative))
+        self._length, self._read = (
+            reader.length,
+            {text: self._states(reader, text) for text in dict.fromkeys(told)},
+        )
 
     def shape(self, frames: int) -> tuple[int, ...]:
         """The shape of a clip of so many latent frames, [1 f h w c]."""
@@ -70,36 +76,36 @@ class Studio:
         else:
             task, extra = self._given.task(request, self._shape), NO_EXTRA
         self._stages.expect("denoise", len(rows(request, task.strength)) - 1)
-        return np.asarray(self._denoised(request, request.prompt, task, self._noise(request.seed), extra))
+        if request is self._last:
+            self._given.forget()
+        made = np.asarray(self._denoised(request, request.prompt, task, self._noise(request.seed), extra))
+        if request is self._last:
+            # What decodes has the devices to itself.
+            self._held.clear()
+        return made
 
     def windows(self, request: Request, past: np.ndarray | None) -> Iterator[np.ndarray]:
         """The latents [1 k h w c] of a long video as they become final, window by window.
 
         `past` are latents of whole windows that are there already. The last piece may go beyond the end.
         """
-        frames, seam = request.latent_frames, rollout.Seam(request.overlap, 0.0, request.anchors)
-        new = frames - request.overlap - request.anchors
-        count = 1 + -(-(request.total - frames) // new)
-        done = 0 if past is None else 1 + (past.shape[1] - frames) // new
-        later = rows(request, np.repeat([0.0, 1.0], [frames - new, new]))
-        first = len(rows(request, request.strength[:frames])) - 1
-        calls = (count - max(1, done)) * (len(later) - 1) + (0 if done else first)
-        self._stages.expect("denoise", calls)
+        seam = rollout.Seam(request.overlap, 0.0, request.anchors)
+        done = 0 if past is None else 1 + (past.shape[1] - request.latent_frames) // request.new
+        self._stages.expect("denoise", sum(calls(request)[done:]))
 
         def generate(task: Task, i: int) -> Latents:
             prompt = request.segments[min(i, len(request.segments) - 1)]
             return self._denoised(request, prompt, task, self._noise(request.seed, i))
 
-        start = self._given.task(request, self._shape)
-        return map(np.asarray, rollout.windows(generate, start, count, seam, past))
+        start = text_to_video(self._shape) if done else self._given.task(request, self._shape)
+        return map(np.asarray, rollout.windows(generate, start, request.windows, seam, past))
 
     def queue(self, request: Request) -> Iterator[np.ndarray]:
         """The latents [1 1 h w c] of a video without end, frame by frame, by a queue in one window.
 
         Of the window those `request.overlap` frames that are last clean are kept in sight.
         """
-        q = request.latent_frames - request.overlap
-        self._stages.expect("denoise", request.steps + (request.total - 1) * request.steps // q)
+        self._stages.expect("denoise", sum(calls(request)))
         params = self._transformer(self._model.transformers[0], request)
         inputs = params, self._told(params, request.prompt, request.negative), self._put(weights(request, 0))
 
@@ -129,14 +135,19 @@ class Studio:
         with jax.set_mesh(self._over):
             carry = self._programs.begin(noise, canvas, levels)
             carry = (*carry, jnp.zeros_like(noise)) if request.cache else carry
-        for i, (name, part) in enumerate(zip(self._model.transformers, parts, strict=True)):
+        for i, part in enumerate(parts):
             if len(part) > 1:
-                params = self._transformer(name, request)
-                told = self._told(params, prompt, request.negative, self._put(extra))
-                inputs = params, told, self._put(weights(request, i))
-                calls = self._calls(request, name, params, part) if request.cache else None
-                carry = self._stepped(inputs, carry, self._put(jnp.asarray(part)), calls)
+                carry = self._part(request, i, (prompt, self._put(extra)), carry, part)
         return carry[0]
+
+    def _part(self, request: Request, i: int, told: tuple, carry: tuple, levels: zoo.Matrix) -> tuple:
+        """The carry after the steps of transformer i; nothing of it is held here when the next is loaded."""
+        prompt, extra = told
+        name = self._model.transformers[i]
+        params = self._transformer(name, request)
+        inputs = params, self._told(params, prompt, request.negative, extra), self._put(weights(request, i))
+        calls = self._calls(request, name, params, levels) if request.cache else None
+        return self._stepped(inputs, carry, self._put(jnp.asarray(levels)), calls)
 
     def _stepped(
         self, inputs: tuple, carry: tuple, schedule: Schedule, calls: np.ndarray | None = None
@@ -170,21 +181,23 @@ class Studio:
 
     def _told(self, params: dict, prompt: str, negative: str, extra: Extra = NO_EXTRA):
         """What the steps need of prompts and pictures, made once."""
-        inputs = params, self._put((self._states(prompt), self._states(negative))), extra
+        states = (
+            np.pad(s, ((0, self._length - len(s)), (0, 0)))[None]
+            for s in map(self._read.get, (prompt, negative))
+        )
+        inputs = params, self._put(tuple(states)), extra
         with jax.set_mesh(self._over):
             told = self._program("prompt", self._programs.told, *inputs)
             with self._stages("text"):
                 return told(*inputs)
 
-    def _states(self, prompt: str) -> np.ndarray:
-        """States [1 l e] of a prompt, read once."""
-        if prompt not in self._read:
-            if (count := self._reader.count(prompt)) > self._reader.length:
-                cut = f"{count} tokens and is cut to the model's {self._reader.length}"
-                self._stages.say(f"note: the prompt {prompt[:40]!r}… has {cut}")
-            with self._stages("text"):
-                self._read[prompt] = self._reader.states(prompt)[None]
-        return self._read[prompt]
+    def _states(self, reader: Reader, prompt: str) -> np.ndarray:
+        """States [l e] of a prompt, without the rows after its end."""
+        if (count := reader.count(prompt)) > reader.length:
+            cut = f"{count} tokens and is cut to the model's {reader.length}"
+            self._stages.say(f"note: the prompt {prompt[:40]!r}… has {cut}")
+        with self._stages("text"):
+            return trimmed(reader.states(prompt))
 
     def _transformer(self, name: str, request: Request) -> dict:
         """A transformer and its LoRAs, on the devices; the other expert makes room where it has to."""
@@ -227,6 +240,20 @@ def rows(request: Request, strength) -> zoo.Matrix:
     own = np.float32(request.strength[: len(strength)])
     settled = request.settled[: len(strength)] if np.array_equal(strength, own) else None
     return zoo.levels(request.schedule, sigmas, strength, settled)
+
+
+def calls(request: Request) -> list[int]:
+    """Calls of the network for each window of a video; of a queue for the first frame and each later one."""
+    if request.rolls:
+        ends = [request.steps + i * request.steps // (request.latent_frames - request.overlap)
+                for i in range(request.total)]  # fmt: skip
+        return np.diff(ends, prepend=0).tolist()
+    first = len(rows(request, request.strength[: request.latent_frames])) - 1
+    if request.length is None:
+        return [first]
+    kept = request.latent_frames - request.new
+    later = rows(request, np.repeat([0.0, 1.0], [kept, request.new]))
+    return [first] + [len(later) - 1] * (request.windows - 1)
 
 
 def guided(request: Request) -> bool:

@@ -167,18 +167,23 @@ def levels(
     if not text.endswith(".json"):
         rows, moving = np.zeros((1, len(strength)), np.float32), strength > 0
         if not moving.any():
-            return np.repeat(rows, len(sigmas), 0)
+            return rows
         done = progress(text, int(moving.sum()), len(sigmas) - 1)
         rows = np.repeat(rows, len(done), 0)
         now = strength[moving]
         if settled is not None:
             now = now + (np.asarray(settled, np.float32)[moving] - now) * (done / (len(sigmas) - 1))
         rows[:, moving] = now * np.asarray(sigmas, np.float32)[done]
-        return np.minimum.accumulate(rows)
-    rows = strength * read(Path(text), len(strength))
-    rows = rows[np.append(True, np.any(np.diff(rows, axis=0) != 0, axis=1))]
+        # One that holds its level still has its steps, by which experts are told apart.
+        return _busy(rows) if settled is None else np.minimum.accumulate(rows)
+    rows = _busy(strength * read(Path(text), len(strength)))
     check(rows)
     return rows
+
+
+def _busy(rows: Matrix) -> Matrix:
+    """The rows without those that are like the one before."""
+    return rows[np.append(True, np.any(np.diff(rows, axis=0) != 0, axis=1))]
 
 
 def read(path: Path, frames: int) -> Matrix:

@@ -28,7 +28,7 @@ FLOORS = {
     " models.causal",
     2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
     " planning.published progress media clips decode video keeps latents zoo rules presets prompt_files"
-    " defaults flags request explain sharding process schedule tasks levels weights optimisers"
+    " defaults flags request commands explain sharding process schedule tasks levels weights optimisers"
     " models.tokenizer data.textures data.source metrics sight judge data.folder data.records"
     " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
@@ -189,7 +189,7 @@ def test_the_converters_flags_are_those_agreed():
 
 
 def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
-    from fvdm_jax import request
+    from fvdm_jax import defaults
     from fvdm_jax.kernels.attention import IMPLEMENTATIONS
     from fvdm_jax.models import dit
     from fvdm_jax.process import PROCESSES
@@ -200,7 +200,7 @@ def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
 
     assert set(SOLVERS) == set(SAMPLERS) and set(SPACINGS) == set(TABLES)
     assert KERNELS == ("auto", *IMPLEMENTATIONS)
-    assert set(REQUESTED) == set(PROCESSES) and request.PATCH == dit.PATCH
+    assert set(REQUESTED) == set(PROCESSES) and defaults.PATCH == dit.PATCH
 
 
 def test_ci_runs_the_readmes_test_command():

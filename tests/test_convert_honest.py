@@ -10,8 +10,9 @@ from safetensors.numpy import load_file
 from test_convert_lora import part, saved
 from test_convert_program import CONFIG, convert, eighths, equal, expected, put, tree, weights
 
+from fvdm_jax.defaults import defaults
+from fvdm_jax.flags import TINY
 from fvdm_jax.program import Refusal
-from fvdm_jax.request import TINY, defaults
 
 Q = "blocks/self_attn/q/kernel"
 

@@ -111,7 +111,7 @@ def wide() -> dict[str, np.ndarray]:
 
 def test_the_sampler_runs_with_adapters(tmp_path):
     """Of the bundled model: at strength 0 as without, at others not; an unknown folder is refused early."""
-    from fvdm_jax.request import parse
+    from fvdm_jax.commands import parse
     from fvdm_jax.sample import main
 
     rng = np.random.default_rng(0)

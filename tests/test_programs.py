@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from fvdm_jax import programs
+from fvdm_jax.commands import parse
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import parse
 from fvdm_jax.studio import Studio
 
 CONFIG = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -11,9 +11,9 @@ import pytest
 import small
 
 from fvdm_jax import video
+from fvdm_jax.commands import parse
 from fvdm_jax.explain import explain, picture
 from fvdm_jax.program import Refusal
-from fvdm_jax.request import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLING = small.SAMPLING | {"frames": 33, "size": [64, 64], "steps": 20}

@@ -15,10 +15,11 @@ import small
 from PIL import Image
 
 from fvdm_jax import checkpoint, latents, video
+from fvdm_jax.commands import parse
 from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.projector import Projector
-from fvdm_jax.request import TINY, parse
+from fvdm_jax.request import TINY
 from fvdm_jax.sample import main
 from fvdm_jax.studio import Studio, key
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from fvdm_jax import checkpoint, latents, lora, programs, sampling, video
 from fvdm_jax.checkpoint import flatten, load_tree, save_tree
+from fvdm_jax.commands import lines, parse
 from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import lines, parse
 from fvdm_jax.sample import main
 from fvdm_jax.studio import Studio, rows
 
@@ -125,7 +125,8 @@ def test_one_program_whatever_is_asked(here, model, monkeypatch):
     monkeypatch.setattr(programs, "compiled", told)
     asked = (
         "", "--steps 5 --shift 7", "--keep 0=a.png --keep 2=b.png:0.6-0.1 --prompt a",
-        "--schedule autoregressive", "--guidance 6 --interval 0.2-0.9 --rescale 0.5", "--seed 9 --prompt square", "--context-noise 0.02,2",
+        "--schedule autoregressive",
+        "--guidance 6 --interval 0.2-0.9 --rescale 0.5", "--seed 9 --prompt square", "--context-noise 0.02,2",
     )  # fmt: skip
     for flags in asked:
         made(model, *flags.split())

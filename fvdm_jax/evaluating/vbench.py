@@ -120,7 +120,8 @@ class Export:
             raise Refusal(folder, f"cannot be filled: {failure.strerror}", "give another folder") from failure
         stored = _read(self._path) if self._path.is_file() else {"settings": self._settings, "videos": {}}
         for name, value in self._settings.items():
-            if stored["settings"].get(name) != value:
+            # A folder of before a setting was there was made without it.
+            if stored["settings"].get(name, value) != value:
                 what = f"was made with {name} {plain(stored['settings'].get(name))}, not {plain(value)}"
                 raise Refusal(folder, what, "give another folder, or the same settings")
         self.done: dict[str, dict] = {n: v for n, v in stored["videos"].items() if self._whole(n, v)}
