@@ -1,4 +1,4 @@
-"""From the command line of `python -m fvdm_jax.sample` to what it asks for: a request, or one for each video."""
+"""From the command line of `python -m fvdm_jax.sample` to requests: one, or one for each video."""
 
 import dataclasses
 import json

@@ -22,8 +22,8 @@ what --keep takes
   last=clip.mp4           leads to the clip: ends with its first frames
   0-4=clip.mp4            the beginning of the clip, as exactly these latent frames (17 frames of it)
   p37=cat.png             an image at frame 37 of the video: at latent frame 10, which is 37 to 40
-  STRENGTH                0 (default, but for presets) keeps bit for bit, 1 ignores the file, between loosens; it
-                          is what follows the last colon, if that is a number. 0.6-0.1 changes over the steps.
+  STRENGTH                0 (default, but for presets) keeps bit for bit, 1 ignores the file, between loosens;
+                          it is what follows the last colon, if a number. 0.6-0.1 changes over the steps.
 A clip given without a range keeps as many frames as it has and as there is room for, all such clips together
 about half of the video. Pictures are scaled to cover the video and cropped to its middle; of a clip those
 frames are taken that a player shows at the video's rate (--fps), whatever its own. What is kept is kept in

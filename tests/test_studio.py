@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 
 import jax
@@ -85,6 +86,33 @@ def test_the_boundary_says_which_expert_works(here, experts, monkeypatch):
     used.clear()
     made(experts, "--keep", "0=a.png", "--keep", "1=b.png:0.3")
     assert used == ["dit_high", "dit_low"]
+
+
+def test_an_expert_makes_room_for_the_other(here, experts, monkeypatch):
+    """With no memory to spare nothing of the first is held when the second is loaded."""
+    gone, load = [], checkpoint.load_transformer
+    request = parse(["--model", str(experts)])
+    studio = Studio([request], Stages())
+
+    def loading(folder, name):
+        if name == "dit_low":
+            gone.append(alive() is None)
+        return load(folder, name)
+
+    placed = sampling.placed
+
+    def watched(*args):
+        nonlocal alive
+        made = placed(*args)
+        alive = weakref.ref(jax.tree.leaves(made)[0])
+        return made
+
+    alive = None
+    monkeypatch.setattr(sampling, "placed", watched)
+    monkeypatch.setattr(checkpoint, "load_transformer", loading)
+    monkeypatch.setattr("fvdm_jax.studio.machine.free", lambda device: 0.0)
+    studio.clip(request)
+    assert gone == [True] and not studio._held
 
 
 def test_each_expert_has_its_own_guidance_and_loras(here, experts):
@@ -190,6 +218,12 @@ def test_a_file_of_prompts_is_as_each_alone_and_compiles_once(here, model, monke
     assert lines(parse(again)) == []
     Path("v-3.mp4").unlink()
     assert [one.out.name for one in lines(parse(again))] == ["v-3.mp4"]
+    assert len(lines(parse([*again, "--overwrite"]))) == len(lines(parse([*again, "--explain"]))) == 3
+    one, two = (json.loads(Path(f"v-{i}.json").read_text())["seconds"] for i in (1, 2))
+    assert "load" in one and "compile" in one and two.get("load", 0) < one["load"]
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save("a.png")
+    with pytest.raises(Refusal, match="video 2: --out: v-2.mp4 exists"):
+        lines(parse(again))
     with pytest.raises(Refusal, match="video 1: --out: v-1.mp4 exists"):
         lines(parse([*again, "--steps", "2"]))
 
@@ -229,6 +263,12 @@ def test_a_long_video_goes_on_where_it_was_stopped(here, model, monkeypatch, cap
     assert not Path("cut.latents.safetensors.part").exists()
     one, two = (video.read(f"{name}.mp4", 41, (32, 48)) for name in ("whole", "cut"))
     assert np.array_equal(one, two)
+    assert run(main, ["--decode", "whole.latents.safetensors", "--out", "again.mp4"]) == 0
+    assert np.array_equal(video.read("again.mp4", 41, (32, 48)), one)
+    assert json.loads(Path("again.json").read_text())["segments"] == ["a red circle", "a square"]
+    capfd.readouterr()
+    assert run(main, [*flags, "--explain"]) == 0
+    assert "27 calls of the network in 9 windows; at most 2 frames" in capfd.readouterr().out
 
 
 def test_a_reel_of_other_settings_is_begun_anew(tmp_path):
@@ -243,7 +283,12 @@ def test_a_reel_of_other_settings_is_begun_anew(tmp_path):
         file.write(b"\0" * 7)
     with latents.Reel(path, shape, {"seed": 1}) as half:
         assert half.frames == 2
-    with latents.Reel(path, shape, {"seed": 2}) as other:
+    # How work was laid out makes no other video; a seed does, and nothing of it is lost unasked.
+    with latents.Reel(path, shape, {"seed": 1, "mesh": "data=2"}) as laid:
+        assert laid.frames == 2
+    with pytest.raises(Refusal, match="is of a video of other settings that was stopped"):
+        latents.Reel(path, shape, {"seed": 2})
+    with latents.Reel(path, shape, {"seed": 2}, replace=True) as other:
         assert other.frames == 0
         other.add(piece)
         other.add(np.concatenate([piece, piece], axis=1))
@@ -264,7 +309,14 @@ def test_a_queue_makes_a_long_video(here, model, capfd):
         "4",
     ]
     assert run(main, [*flags, "--out", "q.mp4"]) == 0, capfd.readouterr().err
-    assert latents.load(Path("q.latents.safetensors")).shape[1] == 7
+    made = latents.load(Path("q.latents.safetensors"))
+    assert (
+        run(main, [*flags, "--out", "p.mp4"]) == 0
+        and run(main, [*flags, "--out", "r.mp4", "--seed", "1"]) == 0
+    )
+    same, other = (latents.load(Path(f"{name}.latents.safetensors")) for name in "pr")
+    assert made.shape[1] == 7 and np.isfinite(made).all() and np.array_equal(made, same)
+    assert all(np.abs(made[:, i] - other[:, i]).max() > 0.1 for i in range(7))
     assert json.loads(Path("q.json").read_text())["overlap"] == 1
 
 
@@ -294,6 +346,10 @@ def test_wans_own_networks_take_pictures(here, pictured):
         parse(["--model", str(pictured)])
     with pytest.raises(Refusal, match="takes pictures as they are"):
         parse(["--model", str(pictured), *keeps[:1], f"{keeps[1]}:0.5", *keeps[2:]])
+    with pytest.raises(Refusal, match="--still: has no effect"):
+        parse(["--model", str(pictured), *keeps, "--still"])
+    Path("two.jsonl").write_text(json.dumps({"prompt": "a", "keep": keeps[1::2]}))
+    assert len(lines(parse(["--model", str(pictured), "--prompts", "two.jsonl"]))) == 1
     one = made(pictured, *keeps)
     other = made(pictured, "--keep", "0=b.png", *keeps[2:])
     assert np.isfinite(one).all() and np.abs(one - other).max() > 1e-3
