@@ -84,6 +84,6 @@ def switch(levels: Sigmas | Schedule, boundary: float) -> int:
     """
     if not 0 <= boundary <= 1:
         raise ValueError(f"boundary is {boundary}; give a level from 0 to 1, as 0.875 for timestep 875")
-    begun = np.asarray(levels, np.float32)[:-1].reshape(len(levels) - 1, -1)
+    begun = np.asarray(levels, np.float32).reshape(len(levels), -1)[:-1]
     # A level of 0.9 is in float32 less than 0.9 in float64.
     return int(np.sum(begun.max(1) >= np.float32(boundary)))
