@@ -12,6 +12,7 @@ from test_studio import LONG, experts, here  # noqa: F401
 
 from fvdm_jax import checkpoint, zoo
 from fvdm_jax.caching import SETTLING, changes, plan
+from fvdm_jax.commands import parse
 from fvdm_jax.flags import TINY
 from fvdm_jax.guidance import Generation, Looks, Told, Weights
 from fvdm_jax.lora import Network
@@ -20,7 +21,6 @@ from fvdm_jax.models.tokenizer import byte_tokenizer
 from fvdm_jax.process import flow
 from fvdm_jax.program import Refusal
 from fvdm_jax.progress import Stages
-from fvdm_jax.request import parse
 from fvdm_jax.samplers import SAMPLERS, unipc
 from fvdm_jax.schedule import sigmas
 from fvdm_jax.studio import Studio
