@@ -18,7 +18,7 @@ from convert import wan, write
 from convert.__main__ import main
 from convert.table import unplan
 from convert.tensors import Planned
-from fvdm_jax import checkpoint, request, sharding
+from fvdm_jax import checkpoint, defaults, sharding
 from fvdm_jax.flags import TINY
 from fvdm_jax.models import dit
 from fvdm_jax.models.dit import DiTConfig
@@ -231,7 +231,7 @@ def test_the_sampler_takes_a_converted_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("dit.safetensors"))
     shutil.copytree(tmp_path / "out/dit", folder / "dit")
-    assert request.defaults(folder).channels == networks.vae.latent
+    assert defaults.defaults(folder).channels == networks.vae.latent
     _, loaded = checkpoint.load(folder, ("dit",))
     assert equal(flatten_dict(loaded["dit"], sep="/"), flatten_dict(params["dit"], sep="/"))
 
