@@ -92,7 +92,8 @@ def test_what_does_not_fit_is_told_in_one_line(measure, monkeypatch):
 def test_types_and_layers_are_those_asked_for(model):
     asked = bench.parse(["--model", str(model), *SIZES, "--dtype", "bfloat16", "--layers", "3"])
     case = bench.described(asked, jax.devices()[0])
-    assert {config.dtype for config in vars(case.networks).values()} == {"bfloat16"}
+    networks = case.networks
+    assert {getattr(networks, name).dtype for name in networks.there} == {"bfloat16"}
     assert case.networks.dit.layers == case.networks.text.layers == 3
     assert (case.clip, case.text, case.batch) == ((2, 4, 8), 24, 1)
 
