@@ -5,6 +5,7 @@ compiling: on a CPU programs are compiled with little optimisation, and once for
 """
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -54,3 +55,44 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     small.save(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def experts(model, tmp_path_factory) -> Path:
+    """The small model with two transformers, of which that of low noise is another."""
+    from fvdm_jax.checkpoint import load_tree, save_tree
+
+    folder = tmp_path_factory.mktemp("experts")
+    for name in ("vae", "text"):
+        (folder / f"{name}.safetensors").write_bytes((model / f"{name}.safetensors").read_bytes())
+    tree = load_tree(model / "dit.safetensors")
+    save_tree(folder / "dit_high.safetensors", tree)
+    save_tree(folder / "dit_low.safetensors", jax.tree.map(lambda leaf: -0.5 * leaf, tree))
+    told = json.loads((model / "config.json").read_text())
+    dit = told.pop("dit")
+    told |= {"dit_high": dit, "dit_low": dit}
+    told["sampling"] |= {"boundary": 0.7}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Every device does all for itself, which is compiled sooner; test_sample has the others."""
+    from fvdm_jax import sampling
+
+    monkeypatch.setattr(sampling.layouts, "recommended", lambda task, config, clip, devices, batch: "data=8")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, model):
+    """An empty folder that has two pictures."""
+    import numpy as np
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "cache"))
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)).save(name)
+    return tmp_path

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from test_studio import LONG, experts, here  # noqa: F401
+from test_long import LONG
 
 from fvdm_jax import checkpoint, zoo
 from fvdm_jax.caching import SETTLING, changes, plan
