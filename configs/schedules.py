@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fvdm_jax import judge, machine, zoo  # noqa: E402
 from fvdm_jax.defaults import defaults  # noqa: E402
 from fvdm_jax.evaluating import scores  # noqa: E402
-from fvdm_jax.evaluating.cases import Case  # noqa: E402
+from fvdm_jax.evaluating.cases import Case, check  # noqa: E402
 from fvdm_jax.evaluating.generate import Examiner  # noqa: E402
 from fvdm_jax.program import Parser, leave, run, whole  # noqa: E402
 from fvdm_jax.progress import Stages  # noqa: E402
@@ -48,7 +48,9 @@ def main(argv: list[str]) -> None:
     flags.add_argument("--steps", type=whole, default=10, metavar="N")
     given = flags.parse_args(argv)
     request = Request(prompt="", model=given.model, steps=given.steps, explain=True)
-    request = validate(request, defaults(given.model))
+    model = defaults(given.model)
+    request = validate(request, model, base=True)
+    check(request, model)
     machine.keep_compiled_programs()
     machine.keep_memory()
     with Stages() as stages:

@@ -64,15 +64,6 @@ def defaults(folder: Path) -> Defaults:
     raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
 
 
-def check_plain(model: Defaults) -> None:
-    """Raises Refusal unless the model has one transformer, which is told by levels alone what is given."""
-    folder, right = model.config.parent, "give a text-to-video model of one transformer"
-    if len(model.transformers) > 1:
-        raise Refusal("--model", f"{folder} has two experts, and is only sampled", right)
-    if model.pictures:
-        raise Refusal("--model", f"{folder} needs pictures beside the video, and is only sampled", right)
-
-
 def _transformers(folder: Path, stored: dict) -> tuple[str, ...]:
     """The names of the model's transformers. Raises Refusal where one of two experts is not there."""
     if not set(EXPERTS) & stored.keys():

@@ -5,8 +5,8 @@ import webbrowser
 from pathlib import Path
 
 from fvdm_jax import machine, rules
-from fvdm_jax.defaults import check_plain, defaults
-from fvdm_jax.evaluating.cases import LEAST, TASKS
+from fvdm_jax.defaults import defaults
+from fvdm_jax.evaluating.cases import TASKS, check
 from fvdm_jax.program import Parser, Refusal, check_output, leave, outputs, run, whole
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import TINY, Request, validate
@@ -36,15 +36,10 @@ def parse(argv: list[str]) -> tuple[object, Request]:
     given = parser().parse_args(argv)
     if wrong := rules.whole_from(0, 10**6)(given.clip):
         raise Refusal("--clip", f"{given.clip} {wrong[0]}", wrong[1])
-    if given.seed >= 2**31:
-        raise Refusal("--seed", f"{given.seed} is not below 2^31", "give a smaller one")
     asked = Request(prompt="", model=given.model, steps=given.steps, seed=given.seed, explain=True)
     model = defaults(given.model)
-    check_plain(model)
-    request = validate(asked, model)
-    if request.latent_frames < LEAST:
-        what = f"{given.model} makes {request.latent_frames} latent frames, and tasks need {LEAST}"
-        raise Refusal("--model", what, "give a model of longer clips")
+    request = validate(asked, model, base=True)
+    check(request, model)
     check_output(given.out, "--out", given.overwrite or given.out == OUT)
     return given, request
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvdm_jax import machine, rules
-from fvdm_jax.defaults import check_plain, defaults
-from fvdm_jax.evaluating.cases import LEAST, TASKS
+from fvdm_jax.defaults import defaults
+from fvdm_jax.evaluating.cases import TASKS, check
 from fvdm_jax.evaluating.vbench import Export, Pair, collected, pairs
 from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, plain, run, whole
 from fvdm_jax.progress import Stages
@@ -78,8 +78,6 @@ def parse(argv: list[str]) -> Asked:
     for name, most in (("clips", 10**6), ("batch", 10**4), ("samples", 1000)):
         if wrong := rules.whole_from(1, most)(vars(given)[name]):
             raise Refusal(f"--{name}", f"{vars(given)[name]} {wrong[0]}", wrong[1])
-    if given.seed >= 2**31 and not given.export:
-        raise Refusal("--seed", f"{given.seed} is not below 2^31", "give a smaller one")
     _check_mode(given)
     batch = min(given.batch, given.clips)
     if given.clips % batch:
@@ -142,12 +140,9 @@ def _request(given) -> Request:
         schedule=given.schedule, history=given.history,
     )  # fmt: skip
     model = defaults(given.model)
-    if not given.export:
-        check_plain(model)
     request = validate(asked, model, base=True)
-    if request.latent_frames < LEAST and not given.export:
-        what = f"{given.model} makes {request.latent_frames} latent frames, and tasks need {LEAST}"
-        raise Refusal("--model", what, "give a model of longer clips")
+    if not given.export:
+        check(request, model)
     return request
 
 

@@ -38,9 +38,9 @@ class Given:
         """Mask and latents of a clip that is gray but for what is kept, and CLIP's tokens of its `pictures`.
 
         An image, and the first of a clip, stands at the last pixel frame of its latent frame, as FLF2V has
-        the last one, so that what is kept to the end reaches it. Source:
-        `conditioning`; but pictures are scaled to cover the video and cropped, with Lanczos' filter, where
-        Wan chooses the video's sides by the picture and scales it with torch's bicubic one.
+        the last one, so that what is kept to the end reaches it. Source: `conditioning`; but pictures are
+        scaled to cover the video and cropped, with Lanczos' filter, where Wan chooses the video's sides by
+        the picture and scales it with torch's bicubic one.
         """
         placed = {}
         for keep in request.keeps:
@@ -50,7 +50,7 @@ class Given:
         return Extra(channels, self._seen(request, pictures) if self._networks.dit.image_width else None)
 
     def forget(self) -> None:
-        """Gives back what the networks take that look at pictures."""
+        """Gives back the memory of the networks that look at pictures."""
         for name in ("_encoder", "_tower"):
             self.__dict__.pop(name, None)
 

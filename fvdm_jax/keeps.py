@@ -86,9 +86,7 @@ class _Asked(NamedTuple):
 
 def _asked(text: str, frames: int, otherwise: float) -> _Asked:
     flag, (place, equals, file) = f"--keep {text}", text.partition("=")
-    match = re.fullmatch(r"(p\d{1,9}|\d{1,9}|last)((?<!p)-(\d{1,9}|last))?", place, re.ASCII)
-    if match and match[2] and match[1].startswith("p"):
-        match = None
+    match = re.fullmatch(r"(p\d{1,9}(?!-)|\d{1,9}|last)(-(\d{1,9}|last))?", place, re.ASCII)
     valid = f"give 0 to {frames - 1}, last, or a range such as 0-{frames - 1}, then =FILE"
     if not match or not equals:
         raise Refusal(flag, f"{place!r} is no latent frame" if equals else "has no =FILE", valid)

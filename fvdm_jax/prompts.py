@@ -45,6 +45,11 @@ def trimmed(states: np.ndarray) -> np.ndarray:
     return states[: 1 + int(np.flatnonzero(states.any(-1))[-1])] if states.any() else states[:0]
 
 
+def padded(states: np.ndarray, length: int) -> np.ndarray:
+    """States [l e] with rows of zeros after them, up to `length`: what `trimmed` took away."""
+    return np.pad(states, ((0, length - len(states)), (0, 0)))
+
+
 class TextCache:
     """States of prompts in a folder, one file each, named by the prompt and by all that they depend on."""
 
@@ -61,7 +66,7 @@ class TextCache:
         if found is None:
             found = trimmed(np.asarray(read(prompt), np.float32))
             self._save(prompt, found)
-        return np.pad(found, ((0, length - len(found)), (0, 0)))
+        return padded(found, length)
 
     def _path(self, prompt: str) -> Path:
         key = hashlib.sha256(json.dumps([prompt, self._depends]).encode()).hexdigest()

@@ -16,7 +16,7 @@ from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.models.dit import NO_EXTRA, Extra
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.progress import Stages
-from fvdm_jax.prompts import Reader, trimmed
+from fvdm_jax.prompts import Reader, padded, trimmed
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
 from fvdm_jax.schedule import SPACINGS, switch
@@ -35,7 +35,7 @@ class Studio:
     """
 
     def __init__(self, requests: list[Request], stages: Stages):
-        """`requests` are all that will come, as of `request.lines`; they differ in prompt, seed and keeps."""
+        """`requests` are all that will come, as of `commands.lines`: of other prompts, seeds, keeps."""
         self._stages, request = stages, requests[0]
         with stages("load"):
             machine.keep_compiled_programs()
@@ -60,10 +60,8 @@ class Studio:
         # Read first, so that the text encoder is gone before a transformer comes.
         reader = Reader(request.model, self.networks, stages, machine.cache("text"))
         told = (text for one in requests for text in (*(one.segments or (one.prompt,)), one.negative))
-        self._length, self._read = (
-            reader.length,
-            {text: self._states(reader, text) for text in dict.fromkeys(told)},
-        )
+        self._length = reader.length
+        self._read = {text: self._states(reader, text) for text in dict.fromkeys(told)}
 
     def shape(self, frames: int) -> tuple[int, ...]:
         """The shape of a clip of so many latent frames, [1 f h w c]."""
@@ -181,11 +179,8 @@ class Studio:
 
     def _told(self, params: dict, prompt: str, negative: str, extra: Extra = NO_EXTRA):
         """What the steps need of prompts and pictures, made once."""
-        states = (
-            np.pad(s, ((0, self._length - len(s)), (0, 0)))[None]
-            for s in map(self._read.get, (prompt, negative))
-        )
-        inputs = params, self._put(tuple(states)), extra
+        states = tuple(padded(self._read[text], self._length)[None] for text in (prompt, negative))
+        inputs = params, self._put(states), extra
         with jax.set_mesh(self._over):
             told = self._program("prompt", self._programs.told, *inputs)
             with self._stages("text"):
@@ -265,9 +260,11 @@ def guided(request: Request) -> bool:
 def weights(request: Request, expert: int) -> Weights:
     """How strongly an expert is made to listen, float32."""
     text = request.guidance[expert] if isinstance(request.guidance, tuple) else request.guidance
-    context = request.context_noise if isinstance(request.context_noise, tuple) else (request.context_noise,)
-    given = Weights(text, request.history, request.history_level, *request.interval, request.rescale)
-    return jax.tree.map(jnp.float32, given._replace(**dict(zip(("context", "power"), context, strict=False))))
+    noise = request.context_noise
+    context, power = noise if isinstance(noise, tuple) else (noise, 0.0)
+    history = request.history, request.history_level
+    given = Weights(text, *history, *request.interval, request.rescale, context, power)
+    return jax.tree.map(jnp.float32, given)
 
 
 def key(seed: int):

@@ -158,31 +158,30 @@ def levels(
     """Levels [s f], float32: strength [f] · what the schedule that `text` names makes of `sigmas`.
 
     Where `settled` [f] is given a frame's strength goes there, evenly over its own steps; a level that would
-    rise by that stays as it is.
-    A frame of strength 0 is clean throughout, and no part of the order of the others. `text` may be a .json
-    file of a matrix for all frames, which takes the place of `sigmas` too; steps at which only kept frames
-    would have moved are left out. Raises ValueError where there is no such schedule, or it fails `check`.
+    rise by that stays as it is. A frame of strength 0 is clean throughout, and no part of the order of the
+    others. `text` may be a .json file of a matrix for all frames, which takes the place of `sigmas` too.
+    Steps at which only kept frames would have moved, or at which every frame waits, are left out. Raises
+    ValueError where there is no such schedule, or it fails `check`.
     """
     strength = np.asarray(strength, np.float32)
     if not text.endswith(".json"):
         rows, moving = np.zeros((1, len(strength)), np.float32), strength > 0
         if not moving.any():
             return rows
-        done = progress(text, int(moving.sum()), len(sigmas) - 1)
+        done = _busy(progress(text, int(moving.sum()), len(sigmas) - 1))
         rows = np.repeat(rows, len(done), 0)
         now = strength[moving]
         if settled is not None:
             now = now + (np.asarray(settled, np.float32)[moving] - now) * (done / (len(sigmas) - 1))
         rows[:, moving] = now * np.asarray(sigmas, np.float32)[done]
-        # One that holds its level still has its steps, by which experts are told apart.
-        return _busy(rows) if settled is None else np.minimum.accumulate(rows)
+        return np.minimum.accumulate(rows)
     rows = _busy(strength * read(Path(text), len(strength)))
     check(rows)
     return rows
 
 
-def _busy(rows: Matrix) -> Matrix:
-    """The rows without those that are like the one before."""
+def _busy(rows: np.ndarray) -> np.ndarray:
+    """The rows [s f] without those that are like the one before."""
     return rows[np.append(True, np.any(np.diff(rows, axis=0) != 0, axis=1))]
 
 

@@ -170,5 +170,9 @@ def test_a_strength_that_changes_over_the_steps():
     assert np.allclose(rows[:, 3], [0.1, 0.1, 0.1, 0.1, 0])
     late = zoo.levels("pyramid:lag=2", sigmas, [1.0, 0.6], [1.0, 0.2])
     assert np.allclose(late[:, 1], np.array([0.6, 0.6, *(np.array([0.6, 0.5, 0.4, 0.3, 0.2]) * sigmas)]))
+    # Rows at which every frame waits are left out, whatever strengths do.
+    idle = zoo.levels("pyramid:lag=9", sigmas, [0.9, 0.6], [0.9, 0.2])
+    assert len(idle) == len(zoo.levels("pyramid:lag=9", sigmas, [1.0, 1.0])) == 2 * 4 + 1
+    assert zoo.check(idle).calls == 8
     same = zoo.levels("together", sigmas, [0.3, 1.0], [0.3, 1.0])
     assert np.array_equal(same, zoo.levels("together", sigmas, [0.3, 1.0]))

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fvdm_jax.defaults import Defaults
+from fvdm_jax.program import Refusal
+from fvdm_jax.request import Request
 from fvdm_jax.video import STRIDE
 
 LONGER = 4
@@ -80,3 +83,21 @@ TASKS: dict[str, Callable[[int], Case]] = {
 Extension is given the first 4 of 9, which are 13 pixel frames; completion every fourth, as images.
 """
 LEAST = 5
+
+
+def check(request: Request, model: Defaults) -> None:
+    """Raises Refusal unless tasks can be made of the request.
+
+    The model must have one transformer, which is told by levels alone what is given, and clips of LEAST
+    latent frames; seeds are jax's own.
+    """
+    folder, right = model.config.parent, "give a text-to-video model of one transformer"
+    if request.seed >= 2**31:
+        raise Refusal("--seed", f"{request.seed} is not below 2^31", "give a smaller one")
+    if len(model.transformers) > 1:
+        raise Refusal("--model", f"{folder} has two experts, and is only sampled", right)
+    if model.pictures:
+        raise Refusal("--model", f"{folder} needs pictures beside the video, and is only sampled", right)
+    if request.latent_frames < LEAST:
+        what = f"{folder} makes {request.latent_frames} latent frames, and tasks need {LEAST}"
+        raise Refusal("--model", what, "give a model of longer clips")

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks, zoo
+from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks
 from fvdm_jax.data import source
 from fvdm_jax.evaluating.cases import Case
-from fvdm_jax.guidance import Generation, Looks, Weights
+from fvdm_jax.guidance import Generation, Looks
 from fvdm_jax.models.streaming import Stream
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.programs import compiled
@@ -23,7 +23,7 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import Reader
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
-from fvdm_jax.schedule import SPACINGS
+from fvdm_jax.studio import rows, weights
 from fvdm_jax.training import Batch, Objective
 from fvdm_jax.weights import uniform
 
@@ -147,15 +147,14 @@ class Examiner:
         key = jax.random.fold_in(jax.random.key(request.seed), window)
         keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.asarray(index))
         noise = jax.vmap(lambda key: jax.random.normal(key, self._shape))(keys)
-        sigmas = SPACINGS[request.spacing](request.steps, request.shift)
-        rows = zoo.levels(schedule, sigmas, np.asarray(task.strength))
-        weights = jax.tree.map(jnp.float32, Weights(request.guidance, request.history))
+        matrix = rows(dataclasses.replace(request, schedule=schedule), task.strength)
+        listening = weights(request, 0)
         noise, canvas = self._spread((noise, task.canvas))
         with self._stages("denoise"), jax.set_mesh(self._over):
             told = self._programs.told(self._params, prompts)
-            carry = self._programs.begin(noise, canvas, rows)
-            for s in range(len(rows) - 1):
-                carry = self._programs.advance(self._params, told, weights, carry, rows[s : s + 2])
+            carry = self._programs.begin(noise, canvas, matrix)
+            for s in range(len(matrix) - 1):
+                carry = self._programs.advance(self._params, told, listening, carry, matrix[s : s + 2])
             return jax.block_until_ready(carry[0])
 
     def _spread(self, tree):
