@@ -46,7 +46,8 @@ class Training:
     kept as `masters`; with `offload` the optimizer's state and the running average wait in the host's memory.
     `attention` is a name of `attention.IMPLEMENTATIONS`, `exchange` of `parallel.EXCHANGES`, or "auto". Steps
     between checkpoints, of which `keep_last` stay and those that `keep_every` divides; between evaluations,
-    and between samples: 0 for never.
+    and between samples: 0 for never. Up to `skip` steps whose loss or gradient is not finite are left out; of
+    the records, the share `max_bad` may be unreadable.
     """
 
     model: str = BUNDLED
@@ -84,6 +85,8 @@ class Training:
     keep_every: int = 0
     evaluate_every: int = 100
     sample_every: int = 0
+    skip: int = 0
+    max_bad: float = 0.01
 
     def __post_init__(self):
         tables = {"process": PROCESSES, "weight": WEIGHTS, "remat": REMAT}
@@ -114,7 +117,8 @@ _RULES = {
     "dropout": rules.between(0, 1),
     "average": rules.between(0, 1),
     "scale": rules.between(0, 1e6),
-    **{name: rules.whole_from(0, 10**6) for name in ("rank", "held_out", "keep_every", "workers")},
+    "max_bad": rules.between(0, 1),
+    **{name: rules.whole_from(0, 10**6) for name in ("rank", "held_out", "keep_every", "workers", "skip")},
     **{name: rules.whole_from(1, 10**9) for name in ("steps", "batch", "parts", "keep_last", "save_every")},
     **{name: rules.whole_from(0, 10**9) for name in ("evaluate_every", "sample_every")},
     "seed": rules.whole_from(0, 2**32 - 1),

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import fvdm_jax
@@ -70,3 +71,13 @@ def versions() -> dict[str, str]:
     packages = ("jax", "jaxlib", "flax", "numpy", "av", "ftfy", "sentencepiece", "tokenizers")
     ours = {"fvdm_jax": fvdm_jax.__version__, "python": platform.python_version()}
     return ours | {name: version(name) for name in packages}
+
+
+def revision() -> dict[str, str]:
+    """The revision of the code, where it is a checkout of git and git is there."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        here = Path(__file__).parent
+        said = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return {"revision": said.stdout.strip()}
+    return {}

@@ -3,31 +3,48 @@
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
 from fvdm_jax import costs
+from fvdm_jax.integrity import path_name
 from fvdm_jax.program import Refusal, plain
+from fvdm_jax.runs import INCIDENTS
 from fvdm_jax.trainer import Trainer
 
 QUIET = 10.0
 """Seconds between lines where there is no terminal."""
+SPIKE = 12.0
+"""Median deviations above the median of the last WINDOW losses from which a loss is a spike."""
+WINDOW, SETTLED = 64, 16
+
+
+class NotFinite(Refusal):
+    """A loss or a gradient is not finite; `step` is the one whose batch brought it."""
+
+    def __init__(self, step: int, what: str, right: str):
+        super().__init__(f"step {step}", what, right)
+        self.step = step
 
 
 class Meter:
     """Reads what each step told when the next one has begun, and times steps and the wait for data.
 
-    `log` is a `runs.Log`, or None in processes that write nothing. Raises Refusal, naming the step and its
-    clips, where a loss or a gradient was not finite.
+    `log` is a `runs.Log`, or None in processes that write nothing. Raises NotFinite, naming the step and its
+    clips, where a loss or a gradient was not finite once more than the settings let pass, and Refusal where
+    too many records are bad.
     """
 
-    def __init__(self, trainer: Trainer, log, bad: dict[str, str]):
+    def __init__(self, trainer: Trainer, log, feed):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._trainer, self._log, self._bad = trainer, log, bad
+        self._trainer, self._log, self._bad, self._count = trainer, log, feed.bad, feed.count
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._skipped, self._deaf = 0, False
         self._pending: tuple | None = None
         self._waited = self._all_waited = self._spent = 0.0
         self._named: set[str] = set()
@@ -73,12 +90,52 @@ class Meter:
         told = jax.device_get(told)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        if not told["finite"]:
-            names = plain(", ".join(rows.names), 300)
-            what = f"loss {float(told['loss'])}, gradient's norm {float(told['gradient'])}, of clips {names}"
-            right = "lower --rate, or leave a clip out; the last checkpoint is sound"
-            raise Refusal(f"step {step}", what, right)
-        self._record(step, told, rows, seconds)
+        if told["finite"]:
+            self._record(step, told, rows, seconds)
+        else:
+            self._not_finite(step, told, rows)
+        self._check_bad()
+
+    def _not_finite(self, step: int, told: dict, rows) -> None:
+        what = f"loss {float(told['loss'])}, gradient's norm {float(told['gradient'])}"
+        if not math.isfinite(told["gradient"]):
+            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(self._trainer.state.params)]
+            what += f", first in {path_name(paths[int(told['leaf'])])}"
+        self.incident("not finite", step, rows, what)
+        what += f", of clips {plain(', '.join(rows.names), 300)}"
+        self._skipped += 1
+        if self._skipped > self._trainer.settings.skip:
+            right = "lower --rate, leave a clip out, or --skip such steps; the last checkpoint is sound"
+            raise NotFinite(step, what, right)
+        self.say(f"warning: step {step} is left out: {what}")
+
+    def _check_bad(self) -> None:
+        for name in self._bad.keys() - self._named:
+            self.say(f"warning: {plain(name)} {plain(self._bad[name])}; another clip takes its place")
+        self._named |= self._bad.keys()
+        most = self._trainer.settings.max_bad
+        if len(self._bad) > most * self._count:
+            what = (
+                f"{len(self._bad)} of {self._count} records cannot be read, such as {next(iter(self._bad))}"
+            )
+            raise Refusal("--max-bad", what, f"mend them, or allow more than {most:.2%}")
+
+    def _watch(self, step: int, loss: float, rows) -> None:
+        """Tells of a loss that stands out from those before it."""
+        usual = np.median(self._losses) if self._losses else loss
+        spread = np.median(np.abs(np.array(self._losses) - usual)) if self._losses else 0.0
+        if len(self._losses) >= SETTLED and loss > usual + SPIKE * max(spread, 0.02 * abs(usual)):
+            what = f"the loss is {loss:.4g}, where {usual:.4g} is usual"
+            self.incident("spike", step, rows, what)
+            self.say(f"warning: step {step}: {what}; its clips are in {INCIDENTS}")
+        else:
+            self._losses.append(loss)
+
+    def incident(self, kind: str, step: int, rows, what: str) -> None:
+        """To the run's incidents, with the clips of the step."""
+        if self._log is not None:
+            with self._unheard():
+                self._log.incident({"step": step, "kind": kind, "what": what, "clips": list(rows.names)})
 
     def _record(self, step: int, told: dict, rows, seconds: float) -> None:
         settings, clip = self._trainer.settings, rows.latents.shape[1:4]
@@ -88,10 +145,13 @@ class Meter:
             for i, (error, count) in enumerate(zip(told["error"] / frames, told["frames"], strict=True))
             if count
         }
+        most = settings.optimizer.clip
+        clipped = {"clipped": float(told["gradient"] > most)} if most else {}
         measures = {
             "loss": float(told["loss"]),
             "gradient": float(told["gradient"]),
             "rate": float(told["rate"]),
+            **clipped,
             **bands,
             "seconds": seconds,
             "data_seconds": self._waited,
@@ -105,9 +165,7 @@ class Meter:
         self._first, self._waited = False, 0.0
         self.write(step, measures)
         self._show(step, measures)
-        for name in self._bad.keys() - self._named:
-            self.say(f"warning: {plain(name)} {plain(self._bad[name])}; another clip takes its place")
-        self._named |= self._bad.keys()
+        self._watch(step, measures["loss"], rows)
 
     def _show(self, step: int, measures: dict[str, float]) -> None:
         used = f"  {measures['mfu']:.1%} of peak" if "mfu" in measures else ""
@@ -120,12 +178,18 @@ class Meter:
 
     def write(self, step: int, measures: dict[str, float]) -> None:
         """To the log; a log that cannot be written costs the run nothing but itself."""
-        if self._log is None:
-            return
+        if self._log is not None:
+            with self._unheard():
+                self._log.write(step, {k: v for k, v in measures.items() if math.isfinite(v)})
+
+    @contextlib.contextmanager
+    def _unheard(self) -> Iterator[None]:
         try:
-            self._log.write(step, {k: v for k, v in measures.items() if math.isfinite(v)})
-        except OSError as failure:
-            self.say(f"warning: the log cannot be written: {failure.strerror}")
+            yield
+        except (OSError, ValueError) as failure:
+            if not self._deaf:
+                self.say(f"warning: the log cannot be written: {failure}; training goes on without")
+            self._deaf = True
 
     def resume(self) -> None:
         """Steps go on after something else was done, whose time is not theirs."""
@@ -135,12 +199,16 @@ class Meter:
         """One line above the progress."""
         self._console.print(line, markup=False, highlight=False)
 
-    def finish(self, step: int, code: int) -> None:
-        """Tells how the run ended, and how long it waited for data."""
+    def finish(self, step: int, code: int, seconds: dict[str, float]) -> None:
+        """Tells how the run ended, how long it waited for data, and where its `seconds` went."""
         why = {0: "done", 130: "stopped by Ctrl-C", 143: "stopped by SIGTERM"}[code]
         share = self._all_waited / self._spent if self._spent else 0.0
         self.say(
             f"{why} after step {step}, which is saved; {share:.1%} of the time was spent waiting for data"
+        )
+        spent = ", ".join(f"{what} {part:.0f} s" for what, part in seconds.items() if part >= 0.5)
+        self.say(
+            f"{seconds.get('step', 0) / max(sum(seconds.values()), 1e-9):.1%} of it went to steps: {spent}"
         )
         if self._bad:
             self.say(f"warning: {len(self._bad)} records could not be read; others took their places")

@@ -187,7 +187,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".fvdm-{host:08x}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this host is still there."""
     if os.name != "posix":
         return True
     try:
@@ -205,12 +206,13 @@ def _clear_stale(folder: Path) -> None:
         rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
     )
     for name in os.listdir(folder):
-        if (match := ours.fullmatch(name)) and not _alive(int(match[1])):
+        if (match := ours.fullmatch(name)) and not alive(int(match[1])):
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder / name) if (folder / name).is_dir() else os.unlink(folder / name)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Returns when a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -234,12 +236,12 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
             _clear_stale(folder)
         yield drafts
         for draft in drafts:
-            _flush(draft)
+            flush(draft)
         for draft, target in reversed(list(zip(drafts, targets, strict=True))):
             os.replace(draft, target)
         if os.name == "posix":
             for folder in folders:
-                _flush(folder)
+                flush(folder)
     except OSError as failure:
         if failure.errno not in UNWRITABLE:
             raise
@@ -266,10 +268,10 @@ def folder_output(path: Path) -> Iterator[Path]:
         yield draft
         for folder, _, names in os.walk(draft):
             for name in names:
-                _flush(Path(folder, name))
-            _flush(Path(folder))
+                flush(Path(folder, name))
+            flush(Path(folder))
         os.rename(draft, target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as failure:
         if failure.errno not in UNWRITABLE | {errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST}:
             raise

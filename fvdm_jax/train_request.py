@@ -13,7 +13,8 @@ HELP = """
   python -m fvdm_jax.train CONFIG.py --plan           what it will take, and how near it comes to each task
   python -m fvdm_jax.train CONFIG.py --out run --export lora    what it has learned, for sample and convert
   python -m fvdm_jax.train CONFIG.py --out run --synthetic --steps 20       without data
-Ctrl-C and SIGTERM save before the program ends (exit codes 130 and 143); a second one ends it at once.
+Ctrl-C and SIGTERM save before the program ends (exit codes 130 and 143); a second one ends it at once. Where
+another process of the run dies or hangs, all end within half a minute with exit code 75: start the run again.
 On every host of a pod the same command is run with --distributed, under Slurm and on GKE too; --out, --model
 and --data are folders that all of them share.
 """
@@ -34,6 +35,17 @@ def parser(config=None) -> Parser:
     flags.add_argument(
         "--profile", type=whole, default=0, metavar="N", help="trace N steps, after two of warm-up"
     )
+    flags.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let this setting differ from when the run began, such as data",
+    )
+    flags.add_argument(
+        "--no-fallback", action="store_true", help="refuse where the newest checkpoint is damaged"
+    )
+    flags.add_argument("--takeover", action="store_true", help="end the run that has the folder, if one does")
     flags.add_argument(
         "--distributed", action="store_true", help="one of several processes, as the environment says"
     )

@@ -65,7 +65,10 @@ class Trainer(NamedTuple):
             ((b, text, c.text_width), clips),
             ((text, c.text_width), whole),
         )
-        batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at) for shape, at in shapes))
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        batch = Batch(
+            *(jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at) for shape, at in shapes), number
+        )
         return within(self.over, self.program.lower, self.state, self.frozen, batch)
 
     def rows(self) -> tuple[int, int]:
@@ -83,15 +86,22 @@ class Trainer(NamedTuple):
             raise Refusal("--mesh", what, "let context and tensor lie within a process")
         return first // size, batch // size
 
-    def batch(self, latents: np.ndarray, text: np.ndarray, nothing: np.ndarray | jax.Array) -> Batch:
-        """This process's rows of a batch over the mesh; `nothing` [l e] is the same everywhere."""
+    def batch(
+        self,
+        latents: np.ndarray,
+        text: np.ndarray,
+        nothing: np.ndarray | jax.Array,
+        number: int | None = None,
+    ) -> Batch:
+        """This process's rows of a batch over the mesh; `nothing` [l e] and the number are everyone's."""
         clips, count = NamedSharding(self.over, sharding.CLIPS), self.settings.batch
 
         def placed(rows: np.ndarray) -> jax.Array:
             return jax.make_array_from_process_local_data(clips, rows, (count, *rows.shape[1:]))
 
         whole = nothing if isinstance(nothing, jax.Array) else self.whole(nothing)
-        return Batch(placed(latents), placed(text), whole)
+        number = None if number is None else self.whole(np.int32(number))
+        return Batch(placed(latents), placed(text), whole, number)
 
     def whole(self, array: np.ndarray) -> jax.Array:
         """An array that every process has, on every device."""
@@ -210,7 +220,7 @@ def _recipe(settings: Training) -> Recipe:
     rule = settings.optimizer
     if settings.masters != "float32":
         rule = dataclasses.replace(rule, moments=settings.masters)
-    return Recipe(objective, rule.transformation(), settings.parts, settings.average)
+    return Recipe(objective, rule.transformation(), settings.parts, settings.average, settings.skip > 0)
 
 
 def within(over: Mesh, function: Callable, *inputs):

@@ -22,11 +22,15 @@ Apply = Callable[[dict, Latents, Levels, TextStates], Latents]
 
 
 class Batch(NamedTuple):
-    """Clips with what is said of them; `nothing` [l e] are the states of the empty prompt."""
+    """Clips with what is said of them; `nothing` [l e] are the states of the empty prompt.
+
+    `number`: the step that they are for, so that none is taken out of turn; None for whichever is next.
+    """
 
     latents: Latents
     text: TextStates
     nothing: Float[Array, "l e"]
+    number: Int[Array, ""] | None = None
 
 
 class Objective(NamedTuple):
@@ -128,26 +132,30 @@ def init(params: dict, tx: optax.GradientTransformation, key: PRNGKeyArray, aver
 
 
 class Recipe(NamedTuple):
-    """How a step is made: the objective, the optimizer, in how many parts a batch is worked through, and the
-    decay of the running average, 0 for none."""
+    """How a step is made: the objective, the optimizer, in how many parts a batch is worked through, the
+    decay of the running average, 0 for none, and whether what is not finite is left out and gone on after."""
 
     objective: Objective
     optimizer: optax.GradientTransformation
     parts: int = 1
     decay: float = 0.0
+    tolerant: bool = True
 
 
 def train_step(state: TrainState, batch: Batch, apply: Apply, recipe: Recipe) -> tuple[TrainState, dict]:
     """The state after one update, and what is to be known of it: `loss`, `error` by band, `gradient` (the
-    norm), `finite`.
+    norm), `finite`, and which `leaf` of the gradient is the first that is not.
 
-    Where the loss or a gradient is not finite, the state stays as it was but for its step. Raises ValueError
-    unless the clips divide into the parts.
+    Where the loss or a gradient is not finite, the state stays as it was. Its step goes on where the recipe
+    is tolerant; where not, it stays too, so that batches for later steps change nothing any more. Raises
+    ValueError unless the clips divide into the parts.
     """
     key = jax.random.fold_in(state.key, state.step)
     grads, measures = gradients(state.params, noised(recipe.objective, batch, state.step, key), apply, recipe)
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)))
-    finite = jnp.isfinite(measures.loss) & jnp.isfinite(norm)
+    squares = jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(grads)])
+    norm = jnp.sqrt(jnp.sum(squares))
+    due = jnp.bool_(True) if batch.number is None else batch.number == state.step
+    finite = due & jnp.isfinite(measures.loss) & jnp.isfinite(norm)
     updates, optimizer = recipe.optimizer.update(grads, state.optimizer, state.params)
     params = jax.tree.map(_updated, state.params, updates)
     moved = state._replace(params=params, optimizer=optimizer, average=averaged(state, params, recipe.decay))
@@ -158,10 +166,12 @@ def train_step(state: TrainState, batch: Batch, apply: Apply, recipe: Recipe) ->
         "loss": measures.loss / measures.clips,
         "gradient": norm,
         "finite": finite,
+        "leaf": jnp.argmin(jnp.isfinite(squares)),
         "error": measures.error,
         "frames": measures.frames,
     }
-    return kept._replace(step=state.step + 1, key=state.key), told
+    goes_on = due if recipe.tolerant else finite
+    return kept._replace(step=state.step + goes_on.astype(jnp.int32), key=state.key), told
 
 
 def _updated(leaf: Array, update: Float[Array, "..."]) -> Array:

@@ -15,21 +15,21 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
-    7: "given projector studio sample data.job data.encoder data.precompute measures export previews runs"
-    " train_request train"
+    7: "given projector studio sample data.job data.encoder data.precompute"
+    " runs measures export previews saving session train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
     " evaluating.table evaluating.vbench evaluating.page evaluate demo doctor",
-    6: "guidance rollout checkpoint prompts training held_out config trainer sampling",
+    6: "guidance rollout checkpoint prompts training held_out config trainer sampling integrity",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
     " planning.estimates conditioning caching",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
-    2: "stopping program machine programs chips planning.hlo planning.collectives planning.aot"
-    " planning.published progress media clips decode video keeps latents zoo rules presets prompt_files"
-    " defaults flags request commands explain sharding process schedule tasks levels weights optimisers"
-    " models.tokenizer data.textures data.source metrics sight judge data.folder data.records"
+    2: "stopping program presence goodput machine programs chips planning.hlo planning.collectives"
+    " planning.aot planning.published progress media clips decode video keeps latents zoo rules presets"
+    " prompt_files defaults flags request commands explain sharding process schedule tasks levels weights"
+    " optimisers models.tokenizer data.textures data.source metrics sight judge data.folder data.records"
     " data.pipeline data.feed data.captions data.corpus data.cutting",
     1: "shapes",
 }

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from fvdm_jax import runs, trainer
+from fvdm_jax import runs, saving, trainer
 from fvdm_jax.program import Refusal
 from fvdm_jax.train import main, parse, sizes
 
@@ -81,9 +81,9 @@ def ended(config: Path, out: Path, step: int = 20, *more: str) -> tuple[dict, li
     """The last state of a run, on the host, and what it measured."""
     asked = parse([str(config), "--out", str(out), "--synthetic", *more])
     made = trainer.build(asked.settings, sizes(asked))
-    checkpoints = runs.Checkpoints(out, asked.settings)
+    checkpoints = saving.Checkpoints(out, asked.settings)
     assert checkpoints.newest() == step
-    state, position = checkpoints.restore(step, made.state)
+    state, position = checkpoints.restore(made.state)
     assert position == (step, step * asked.settings.batch)
     checkpoints.close()
     state = state._replace(key=jax.random.key_data(state.key))

@@ -25,9 +25,10 @@ class Sizes(NamedTuple):
 class Feed(NamedTuple):
     """Where a run's clips come from.
 
-    `stream(start)` yields this process's rows of batch start, start + 1, …; `nothing` [l e] are the states of
-    the empty prompt; `held` are clips that are not trained on; `sizes` are those of clips, (f, h, w), the
-    largest first; `told` describes the whole in a table; `bad` names the records found bad so far, and why.
+    `stream(start)` yields this process's rows of batch start, start + 1, …; `nothing` [l e] are the states
+    of the empty prompt; `held` are clips that are not trained on; `sizes` are those of clips, (f, h, w), the
+    largest first; `told` describes the whole in a table; `bad` names the records found bad so far, and why,
+    of `count` that there are.
     """
 
     stream: object
@@ -36,6 +37,7 @@ class Feed(NamedTuple):
     sizes: list[tuple[int, int, int]]
     told: str
     bad: dict[str, str]
+    count: int
 
 
 def recorded(folder: str, sizes: Sizes, seed: int, held_out: int, process: tuple[int, int]) -> Feed:
@@ -58,7 +60,8 @@ def recorded(folder: str, sizes: Sizes, seed: int, held_out: int, process: tuple
     nothing = _padded(nothing, header.text_length)
     clips = {*batches.buckets, *(record.latents.shape[:3] for record in found)}
     largest_first = sorted(clips, key=np.prod, reverse=True)
-    return Feed(batches.stream, nothing, found, largest_first, told, batches.bad)
+    count = len(batches.manifest.entries)
+    return Feed(batches.stream, nothing, found, largest_first, told, batches.bad, count)
 
 
 def invented(
@@ -82,7 +85,7 @@ def invented(
     pairs = zip(*clips((seed, 0), held_out), strict=True)
     held = [Record(f"held {i}", "", *pair) for i, pair in enumerate(pairs)]
     nothing = np.zeros((sizes.length, sizes.width), np.float32)
-    return Feed(stream, nothing, held, [clip], "made up: noise, and prompts of noise", {})
+    return Feed(stream, nothing, held, [clip], "made up: noise, and prompts of noise", {}, held_out + 1)
 
 
 def gathered(records: list[Record], length: int) -> list[tuple[np.ndarray, np.ndarray]]:

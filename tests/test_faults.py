@@ -1,0 +1,259 @@
+"""Faults of training, one by one: what happens is told in a line, and nothing that was learned is lost."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fvdm_jax import goodput, measures, runs, saving, session, trainer
+from fvdm_jax.config import MUST_MATCH
+from fvdm_jax.program import Refusal
+from fvdm_jax.train import main, parse, sizes
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from fvdm_jax import levels
+from fvdm_jax.config import Training
+from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.optimisers import Optimiser
+
+
+def config(rate=1e-3, **others):
+    return Training(**{
+        "model": "nowhere", "dit": DiTConfig(8, 16, 2, 1, 4, 4, text_width=4, dtype="float32"),
+        "clip": "2x2x2", "text": 3, "optimizer": Optimiser(rate=rate, warmup=2, clip=1.0),
+        "curriculum": levels.constant(levels.ptss), "steps": 24, "save_every": 12,
+        "evaluate_every": 6, "held_out": 2, "mesh": "data=8",
+    } | others)
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def train(config: Path, out: Path, *more: str) -> int:
+    return main([str(config), "--out", str(out), "--synthetic", *more])
+
+
+def ended(config: Path, out: Path, *more: str):
+    """The newest state of a run, and its position."""
+    asked = parse([str(config), "--out", str(out), "--synthetic", *more])
+    made = trainer.build(asked.settings, sizes(asked))
+    checkpoints = saving.Checkpoints(out, asked.settings)
+    state, position = checkpoints.restore(made.state)
+    checkpoints.close()
+    return saving.raw(state), position
+
+
+def same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def incidents(out: Path) -> list[dict]:
+    path = out / runs.INCIDENTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run in which nothing went wrong: its folder, and how long it took."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    began = time.monotonic()
+    assert train(config, out) == 0
+    return out, time.monotonic() - began
+
+
+def changed(monkeypatch, at: int, change) -> None:
+    """Batch `at` has latents that `change` has been done to."""
+    plain = trainer.Trainer.batch
+
+    def batch(self, latents, text, nothing, number=None):
+        if number == at:
+            latents = change(latents.copy())
+        return plain(self, latents, text, nothing, number)
+
+    monkeypatch.setattr(trainer.Trainer, "batch", batch)
+
+
+def one_nan(latents):
+    latents[3, 1, 0, 1, 2] = np.nan
+    return latents
+
+
+def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
+    out, seconds = whole
+    told = goodput.goodput(out)
+    spent = sum(told[what] for what in told if what not in ("goodput", "lost"))
+    # Building shapes and looking at flags comes before the ledger begins.
+    assert 0 <= seconds - spent < 0.02 * seconds + 1.5
+    assert {"start", "data", "compile", "step", "save", "evaluation"} <= told.keys()
+    assert 0 < told["goodput"] < 1 and told["lost"] == 0 and not incidents(out)
+
+
+def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, tmp_path, monkeypatch, capfd):
+    changed(monkeypatch, 13, one_nan)
+    out = tmp_path / "run"
+    with pytest.raises(
+        measures.NotFinite, match=r"step 14: loss nan, .*first in .*, of clips noise 0, "
+    ) as no:
+        train(config, out)
+    assert "--skip such steps; the last checkpoint is sound" in str(no.value)
+    assert f"the state before step 14 is in {out / session.ASIDE}" in capfd.readouterr().err.replace("\n", "")
+    aside, position = ended(config, out / session.ASIDE)
+    assert position.batch == 13 and aside["step"] == 13
+    assert incidents(out)[0]["kind"] == "not finite" and len(incidents(out)[0]["clips"]) == 8
+    # From there, with the sample mended, the run ends as if nothing had been.
+    monkeypatch.undo()
+    assert train(config, out) == 0
+    assert same(ended(config, out)[0], ended(config, whole[0])[0])
+
+
+def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch, capfd):
+    changed(monkeypatch, 5, one_nan)
+    out = tmp_path / "run"
+    assert train(config, out, "--steps", "8", "--skip", "1", "--evaluate-every", "0") == 0
+    assert "step 6 is left out: loss nan" in capfd.readouterr().err.replace("\n", " ")
+    state, position = ended(config, out, "--skip", "1")
+    assert position.batch == 8 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state["params"]))
+    assert [line["step"] for line in runs.metrics(out)] == [1, 2, 3, 4, 5, 7, 8]
+
+
+def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
+    changed(monkeypatch, 19, lambda latents: latents * 1e3)
+    out = tmp_path / "run"
+    assert train(config, out) == 0
+    (told,) = incidents(out)
+    assert told["kind"] == "spike" and told["step"] == 20 and told["clips"][0] == "noise 0"
+    # Its gradient was clipped like others.
+    clipped = {line["step"]: line.get("clipped") for line in runs.metrics(out) if "loss" in line}
+    assert clipped[20] == 1.0 and set(clipped.values()) <= {0.0, 1.0}
+
+
+def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_path, monkeypatch, capfd):
+    """Evaluation fails twice, the log cannot be written, the clock runs backwards: the same state to the bit."""
+    plain, calls = session.Session._errors, []
+
+    def errors(self, params):
+        calls.append(0)
+        if len(calls) in (2, 3):
+            raise RuntimeError("no luck")
+        return plain(self, params)
+
+    monkeypatch.setattr(session.Session, "_errors", errors)
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / runs.METRICS).symlink_to("/dev/full")
+    (out / goodput.LEDGER).symlink_to("/dev/full")
+    monkeypatch.setattr(runs.Log, "__init__", unforgetful(runs.Log.__init__))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600 * len(calls))
+    assert train(config, out) == 0
+    said = re.sub(r"\s+", " ", capfd.readouterr().err)
+    assert said.count("the log cannot be written") == 1 and said.count("RuntimeError: no luck") == 2
+    assert same(ended(config, out)[0], ended(config, whole[0])[0])
+
+
+def unforgetful(init):
+    """/dev/full holds no lines, and is not to be replaced by a file without any."""
+
+    def begun(self, folder, step):
+        link = (folder / runs.METRICS).readlink()
+        (folder / runs.METRICS).unlink()
+        init(self, folder, step)
+        self._file.close()
+        self._file = open(link, "a")
+
+    return begun
+
+
+def test_an_evaluation_that_always_fails_ends_the_run(config, tmp_path, monkeypatch):
+    def errors(self, params):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(session.Session, "_errors", errors)
+    with pytest.raises(RuntimeError, match="no luck"):
+        train(config, tmp_path / "run")
+    assert ended(config, tmp_path / "run")[1].batch == 12
+
+
+CHANGES = {
+    "model": "elsewhere", "part": "dit_high", "fresh": True, "data": "x", "held_out": 3, "batch": 16, "seed": 1,
+    "process": "ddpm", "rank": 2, "scale": 2.0, "where": "attn", "average": 0.5, "masters": "bfloat16",
+}  # fmt: skip
+
+
+def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
+    assert {*CHANGES, "dit"} == set(MUST_MATCH)
+    asked = parse([str(config), "--out", str(whole[0]), "--synthetic"])
+    import dataclasses
+
+    for name, value in CHANGES.items():
+        other = dataclasses.replace(asked.settings, **{name: value})
+        with pytest.raises(Refusal, match=f"--{name.replace('_', '-')}: is .*--allow-change {name}"):
+            runs.check(whole[0], other, asked.options)
+        assert runs.check(whole[0], other, asked.options, (name,)) == []
+    for name, value in {
+        "steps": 30,
+        "save_every": 5,
+        "mesh": "fsdp=8",
+        "workers": 2,
+        "remat": "none",
+    }.items():
+        other = dataclasses.replace(asked.settings, **{name: value})
+        told = runs.check(whole[0], other, asked.options | {name: value})
+        assert told == [f"{name} is {value} (the run began with {asked.options[name]})"]
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("/proc/run", "--out: /proc/run cannot be written"),
+        ("file/run", "--out: .*file/run cannot be written: Not a directory"),
+        ("file", "--out: .*file is no folder"),
+        ("gs://bucket/run", "--out: gs:/bucket/run is an address"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, out, said
+):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=said):
+        train(config, Path(out))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_device_without_memory_is_a_refusal_that_names_what_is_large(config, tmp_path, monkeypatch):
+    def compiled(self, size, meter):
+        def step(*inputs):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+        return step
+
+    monkeypatch.setattr(session.Session, "compiled", compiled)
+    with pytest.raises(
+        Refusal, match=r"Out of memory .*largest: \S+ \d+ MiB, \S+ .*; give a smaller --batch"
+    ):
+        train(config, tmp_path / "run", "--evaluate-every", "0")
+
+
+def test_a_second_run_is_refused_in_a_line(whole, config, tmp_path):
+    from fvdm_jax.presence import Presence
+
+    out = tmp_path / "run"
+    Presence(out).take()
+    command = [sys.executable, "-m", "fvdm_jax.train", str(config), "--out", str(out), "--synthetic"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: --out: .* is in use by process .*\n", done.stderr)
+    assert "compiling" not in done.stdout
