@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -235,9 +236,9 @@ class Checkpoints:
         if self._read_only:
             return
         if jax.process_index() == 0:
-            count, name = 1, self._folder / f"{step}.corrupt"
-            while name.exists():
-                count, name = count + 1, self._folder / f"{step}.corrupt-{count}"
+            numbered = (self._folder / f"{step}.corrupt-{count}" for count in itertools.count(2))
+            names = itertools.chain([self._folder / f"{step}.corrupt"], numbered)
+            name = next(name for name in names if not name.exists())
             (self._folder / str(step)).rename(name)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

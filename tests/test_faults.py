@@ -141,7 +141,7 @@ def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
 
 
 def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_path, monkeypatch, capfd):
-    """Evaluation fails twice, the log cannot be written, the clock runs backwards: the same state to the bit."""
+    """Evaluation fails twice, the log cannot be written, the clock runs back: the same state to the bit."""
     plain, calls = session.Session._errors, []
 
     def errors(self, params):
@@ -183,13 +183,14 @@ def test_an_evaluation_that_always_fails_ends_the_run(config, tmp_path, monkeypa
 
     monkeypatch.setattr(session.Session, "_errors", errors)
     with pytest.raises(RuntimeError, match="no luck"):
-        train(config, tmp_path / "run")
+        train(config, tmp_path / "run", "--evaluate-every", "8")
     assert ended(config, tmp_path / "run")[1].batch == 12
 
 
 CHANGES = {
-    "model": "elsewhere", "part": "dit_high", "fresh": True, "data": "x", "held_out": 3, "batch": 16, "seed": 1,
-    "process": "ddpm", "rank": 2, "scale": 2.0, "where": "attn", "average": 0.5, "masters": "bfloat16",
+    "model": "elsewhere", "part": "dit_high", "fresh": True, "data": "x", "held_out": 3, "batch": 16,
+    "seed": 1, "process": "ddpm", "rank": 2, "scale": 2.0, "where": "attn",
+    "average": 0.5, "masters": "bfloat16",
 }  # fmt: skip
 
 

@@ -114,11 +114,14 @@ def damage(path: Path, kind: str, rng) -> None:
 
 
 def outcome(steps: Path, folder: Path, kind: str, number: int) -> str:
-    """Damages a file of the newest checkpoint: it is found, or the state is still the one saved."""
+    """Damages a file of the newest checkpoint, in a copy: what is said of it, if it is found.
+
+    If not, the state is still the one saved. Every copy has a name of its own, since what was read of a file
+    is kept.
+    """
     rng = np.random.default_rng((number, len(kind)))
     shutil.copytree(steps.parent, folder)
-    files = sorted(path for path in (folder / saving.CHECKPOINTS / "2").rglob("*") if path.stat().st_size)
-    files = [path for path in files if path.is_file()]
+    files = [path for path in sorted((folder / saving.CHECKPOINTS / "2").rglob("*")) if path.is_file()]
     # As a disk would: a byte of a file of ten thousand is hit ten times as often as one of a thousand.
     weights = np.array([path.stat().st_size for path in files], float)
     damage(files[rng.choice(len(files), p=weights / weights.sum())], kind, rng)
@@ -126,12 +129,11 @@ def outcome(steps: Path, folder: Path, kind: str, number: int) -> str:
     checkpoints = Checkpoints(folder, SETTINGS, tell=said.append)
     found, position = checkpoints.restore(shapes_of(state(1)))
     checkpoints.close()
-    shutil.rmtree(folder)
-    step = position.batch
+    step, aside = position.batch, folder / saving.CHECKPOINTS / "2.corrupt"
     assert same(found, state(step)), (kind, number)
-    if step == 1:
-        assert "the checkpoint of step 2 is damaged" in said[0] and "that of step 1 taken" in said[0]
-    return "found" if step == 1 else "harmless"
+    assert (step == 1) == aside.is_dir() == bool(said)
+    shutil.rmtree(folder)
+    return said[0] if said else ""
 
 
 KINDS = {"flip": 12, "cut": 6, "lost": 4, "zero": 4}
@@ -142,34 +144,32 @@ MANY = {"flip": 150, "cut": 60, "lost": 30, "zero": 30}
     "counts", [KINDS, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "150 flips and 120 others"]
 )
 def test_damage_is_found_before_training_and_the_step_before_is_taken(run, tmp_path, counts, capsys):
-    found = {
-        kind: [outcome(run.steps, tmp_path / "hurt", kind, number) for number in range(count)]
+    said = {
+        kind: [outcome(run.steps, tmp_path / f"{kind} {number}", kind, number) for number in range(count)]
         for kind, count in counts.items()
     }
     with capsys.disabled():
-        for kind, all_ in found.items():
-            print(f"\n{kind}: {all_.count('found')} found, {all_.count('harmless')} without effect", end="")
+        for kind, lines in said.items():
+            print(f"\n{kind}: {sum(map(bool, lines))} found of {len(lines)}, others without effect", end="")
     # What holds no array, such as a time of day, may change without harm.
-    assert all(all_.count("found") >= len(all_) / 4 for all_ in found.values())
+    assert all(sum(map(bool, lines)) >= len(lines) / 2 for lines in said.values())
+    every = [line for lines in said.values() for line in lines if line]
+    told = "the checkpoint of step 2 is damaged: .*; it is set aside, and that of step 1 taken"
+    assert all(re.search(told, line) for line in every)
+    assert any(re.search("(params|optimizer/m)/(wide|tall) is not what was saved", line) for line in every)
 
 
-def test_a_flipped_bit_of_an_array_is_named_and_the_damaged_one_set_aside(run):
-    data = max((run.steps / "2" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
-    sound = data.read_bytes()
+def largest(folder: Path) -> Path:
+    """The file that holds the arrays."""
+    return max(folder.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+
+
+def test_a_damaged_one_may_be_refused(run):
+    data = largest(run.steps / "2")
+    data.write_bytes(bytes(data.stat().st_size))
     with pytest.raises(Refusal, match="step 2 is damaged.*leave --no-fallback out"):
-        data.write_bytes(bytes(len(sound)))
         run.open().restore(shapes_of(state(1)), fallback=False)
-    # Somewhere in the file are numbers, and not the tree that leads to them.
-    for part in range(8):
-        content = bytearray(sound)
-        content[len(sound) * part // 8 + 100] ^= 4
-        data.write_bytes(content)
-        found, position = run.open().restore(shapes_of(state(1)))
-        assert position.batch == 1 and same(found, state(1)) and not (run.steps / "2").exists()
-        aside = f"2.corrupt-{part + 1}" if part else "2.corrupt"
-        shutil.copytree(run.steps / aside, run.steps / "2")
-        data = run.steps / "2" / "state" / "d" / data.name
-    assert re.search("damaged: (params|optimizer/m)/(wide|tall|norm) is not what was saved", str(run.told))
+    assert (run.steps / "2").is_dir()
 
 
 def test_a_changed_position_is_found(run):
@@ -198,7 +198,7 @@ def test_a_part_is_checked_too(run):
     wanted = shapes_of(state(2)).params
     found, step = run.open(read_only=True).part("params", wanted)
     assert step == 2 and np.array_equal(found["wide"], state(2).params["wide"])
-    data = max((run.steps / "2" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = largest(run.steps / "2")
     data.write_bytes(bytes(data.stat().st_size))
     assert run.open(read_only=True).part("params", wanted)[1] == 1
     # One who only reads changes nothing.
