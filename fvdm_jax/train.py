@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fvdm_jax import presence
-from fvdm_jax.program import Refusal, leave, run
+from fvdm_jax import presence, program
+from fvdm_jax.program import Refusal
 from fvdm_jax.stopping import deferred
 from fvdm_jax.train_request import Asked, parse
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     tell(asked, made, feed)
     if asked.flags.plan:
         return 0
-    from fvdm_jax.session import begin
+    from fvdm_jax.train_run import begin
 
     with deferred() as stopped, contextlib.ExitStack() as closing:
         place = closing.enter_context(placed(asked.flags))
@@ -146,41 +146,41 @@ def tell(asked: Asked, made, feed) -> None:
         print(*dict.fromkeys(reports), sep="\n")
 
 
-def train(session, stopped: Callable[[], int]) -> int:
-    """Trains a `session.Session` to the last step, or till a signal; returns the exit code."""
+def train(run, stopped: Callable[[], int]) -> int:
+    """Trains a `train_run.Run` to the last step, or till a signal; returns the exit code."""
     from fvdm_jax.measures import Meter, NotFinite
 
-    settings, state = session.asked.settings, session.state
+    settings, state = run.asked.settings, run.state
     step, code, steps = int(state.step), 0, {}
-    meter = Meter(session.trainer, session.log, session.feed)
-    with meter, profiled(session.asked, step) as trace, session.explained():
-        session.ledger.began()
+    meter = Meter(run.trainer, run.log, run.feed)
+    with meter, profiled(run.asked, step) as trace, run.explained():
+        run.ledger.began()
         try:
             if step == 0:
-                session.look(state, step, meter)
+                run.look(state, step, meter)
             while step < settings.steps and not code:
                 with meter.waiting():
-                    rows, batch = session.next(step)
+                    rows, batch = run.next(step)
                 size = batch.latents.shape[1:4]
                 if size not in steps:
-                    steps[size] = session.compiled(size, meter)
-                state, told = steps[size](state, session.frozen, batch)
+                    steps[size] = run.compiled(size, meter)
+                state, told = steps[size](state, run.frozen, batch)
                 step += 1
-                session.place.doing(f"step {step}")
+                run.place.doing(f"step {step}")
                 # What a step told is read when the next one runs, so that the device never waits for the
                 # host.
                 meter.step(step, told, rows)
                 trace(step)
                 code = agreed(stopped(), step)
                 if not code:
-                    session.look(state, step, meter)
+                    run.look(state, step, meter)
                 if code or step == settings.steps or step % settings.save_every == 0:
-                    session.save(state, step, meter, last=bool(code) or step == settings.steps)
+                    run.save(state, step, meter, last=bool(code) or step == settings.steps)
             meter.settle()
         except NotFinite as wrong:
-            session.set_aside(state, wrong, meter)
+            run.set_aside(state, wrong, meter)
             raise
-        meter.finish(step, code, session.ledger.seconds())
+        meter.finish(step, code, run.ledger.seconds())
     return code
 
 
@@ -226,7 +226,7 @@ def profiled(asked: Asked, start: int) -> Iterator[Callable[[int], None]]:
 
 def cli() -> None:
     """The program, as `python -m fvdm_jax.train` and as `fvdm-train`."""
-    leave(run(main))
+    program.leave(program.run(main))
 
 
 if __name__ == "__main__":

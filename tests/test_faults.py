@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from fvdm_jax import goodput, measures, runs, saving, session, trainer
+from fvdm_jax import goodput, measures, runs, saving, train_run, trainer
 from fvdm_jax.config import MUST_MATCH
 from fvdm_jax.program import Refusal
 from fvdm_jax.train import main, parse, sizes
@@ -109,8 +109,10 @@ def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, 
     ) as no:
         train(config, out)
     assert "--skip such steps; the last checkpoint is sound" in str(no.value)
-    assert f"the state before step 14 is in {out / session.ASIDE}" in capfd.readouterr().err.replace("\n", "")
-    aside, position = ended(config, out / session.ASIDE)
+    assert f"the state before step 14 is in {out / train_run.ASIDE}" in capfd.readouterr().err.replace(
+        "\n", ""
+    )
+    aside, position = ended(config, out / train_run.ASIDE)
     assert position.batch == 13 and aside["step"] == 13
     assert incidents(out)[0]["kind"] == "not finite" and len(incidents(out)[0]["clips"]) == 8
     # From there, with the sample mended, the run ends as if nothing had been.
@@ -142,7 +144,7 @@ def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
 
 def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_path, monkeypatch, capfd):
     """Evaluation fails twice, the log cannot be written, the clock runs back: the same state to the bit."""
-    plain, calls = session.Session._errors, []
+    plain, calls = train_run.Run._errors, []
 
     def errors(self, params):
         calls.append(0)
@@ -150,7 +152,7 @@ def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_
             raise RuntimeError("no luck")
         return plain(self, params)
 
-    monkeypatch.setattr(session.Session, "_errors", errors)
+    monkeypatch.setattr(train_run.Run, "_errors", errors)
     out = tmp_path / "run"
     out.mkdir()
     (out / runs.METRICS).symlink_to("/dev/full")
@@ -181,7 +183,7 @@ def test_an_evaluation_that_always_fails_ends_the_run(config, tmp_path, monkeypa
     def errors(self, params):
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(session.Session, "_errors", errors)
+    monkeypatch.setattr(train_run.Run, "_errors", errors)
     with pytest.raises(RuntimeError, match="no luck"):
         train(config, tmp_path / "run", "--evaluate-every", "8")
     assert ended(config, tmp_path / "run")[1].batch == 12
@@ -242,7 +244,7 @@ def test_a_device_without_memory_is_a_refusal_that_names_what_is_large(config, t
 
         return step
 
-    monkeypatch.setattr(session.Session, "compiled", compiled)
+    monkeypatch.setattr(train_run.Run, "compiled", compiled)
     with pytest.raises(
         Refusal, match=r"Out of memory .*largest: \S+ \d+ MiB, \S+ .*; give a smaller --batch"
     ):

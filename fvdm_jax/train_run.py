@@ -21,7 +21,7 @@ ASIDE = "aside"
 """The folder of a run's folder that holds the state before a step that was not finite."""
 
 
-class Session(NamedTuple):
+class Run(NamedTuple):
     """The parts of a run, and the state that it begins with. `failed` counts what failed beside training."""
 
     asked: object
@@ -143,7 +143,7 @@ def _too_much(trainer, failure: Exception) -> tuple[str, str]:
     return what, "give a smaller --batch, more --parts, --remat full, fsdp in --mesh, or --offload"
 
 
-def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitStack) -> Session:
+def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitStack) -> Run:
     """The run in its folder: from where it stopped if it has, else from the start."""
     settings, out, first = asked.settings, asked.flags.out, jax.process_index() == 0
     ledger = Ledger()
@@ -180,4 +180,4 @@ def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitS
     batches = feed.stream(position.batch, workers=settings.workers)
     closing.callback(batches.close)
     parts = frozen, state, checkpoints, log, seen, held, nothing, batches, ledger, place
-    return Session(asked, made, feed, *parts, {})
+    return Run(asked, made, feed, *parts, {})

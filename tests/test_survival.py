@@ -1,0 +1,229 @@
+"""Runs that are killed, hung or told to stop, in processes of their own, till they are whole all the same."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from fvdm_jax import levels
+from fvdm_jax.config import Training
+from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.optimisers import Optimiser
+
+
+def config(rate=1e-3, **others):
+    return Training(**{
+        "model": "nowhere", "dit": DiTConfig(8, 16, 2, 1, 4, 4, text_width=4, dtype="float32"),
+        "clip": "2x2x2", "text": 3, "optimizer": Optimiser(rate=rate, warmup=2),
+        "curriculum": levels.constant(levels.ptss), "average": 0.9, "steps": 100, "save_every": 5,
+        "evaluate_every": 0, "held_out": 1, "keep_last": 2, "batch": 4,
+    } | others)
+"""
+# jax is imported once; each run is a fork of the process that has it, before any device is touched.
+SERVER = """
+import os, sys, threading
+import jax, optax, orbax.checkpoint, grain
+import fvdm_jax.train_run, fvdm_jax.trainer
+from fvdm_jax.program import run
+from fvdm_jax.train import main
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(line.split()[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(2, 1)
+        os._exit(run(main, line.split()[1:]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+KILLS = 50
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+class Server:
+    """Runs of one folder, one after the other."""
+
+    def __init__(self, config: Path, log: Path):
+        self._command, self._log = f"{log} {config} --synthetic --out", log
+        argv = [sys.executable, "-c", SERVER]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(argv, cwd=ROOT, env=environment(1), **pipes)
+
+    def run(self, out: Path, kill_after: float | None = None) -> int:
+        """The exit code of a run, which is killed after so many seconds if it is still there."""
+        self._process.stdin.write(f"{self._command} {out}\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(self._process.stdout.readline())
+
+    def close(self):
+        self._process.communicate()
+
+
+def arrays(out: Path, step: int) -> dict:
+    """The checksums of all arrays of a checkpoint, and where in its data it was."""
+    told = json.loads((out / "checkpoints" / str(step) / "run" / "metadata").read_text())
+    return told["digests"] | {"position": told["position"]}
+
+
+def losses(out: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["gradient"]) for line in lines]
+
+
+@pytest.mark.slow
+def test_it_is_killed_at_any_moment_and_loses_no_more_than_an_interval(config, tmp_path, capsys):
+    log, draw, kills = tmp_path / "log", random.Random(0), KILLS
+    server = Server(config, log)
+    assert server.run(tmp_path / "whole") == 0, log.read_text()
+    out, done, most, turns = tmp_path / "run", 0, 0, 0
+    seconds = 4.0
+    while done < kills:
+        turns += 1
+        before = time.monotonic()
+        code = server.run(out, draw.uniform(0.3, seconds))
+        if code == 0:
+            # It was faster: another folder for the rest of the kills.
+            assert arrays(out, 100) == arrays(tmp_path / "whole", 100)
+            shutil.rmtree(out)
+            continue
+        assert code == -signal.SIGKILL, (code, log.read_text()[-2000:])
+        done += 1
+        if time.monotonic() - before > 0.9 * seconds and not (out / "checkpoints").exists():
+            # A slow machine: it is to be killed in its work, and not only in its preparations.
+            seconds *= 1.5
+        if (out / "metrics.jsonl").exists() and (out / "checkpoints").exists():
+            saved = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
+            steps = [step for step, *_ in losses(out)] if saved else []
+            if steps:
+                most = max(most, steps[-1] - max(saved))
+    assert server.run(out) == 0, log.read_text()[-2000:]
+    server.close()
+    assert arrays(out, 100) == arrays(tmp_path / "whole", 100)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert not list((out / "checkpoints").glob("*tmp*"))
+    # A checkpoint is written while the steps of the next interval are made.
+    assert most <= 2 * 5
+    with capsys.disabled():
+        print(f"\n{done} kills in {turns} runs; at most {most} steps were made again", end="")
+
+
+@pytest.mark.slow
+def test_it_goes_on_to_the_bit_from_every_checkpoint(config, tmp_path):
+    log = tmp_path / "log"
+    server, whole = Server(config, log), tmp_path / "whole"
+    command = server._command
+    server._command = command.replace("--synthetic", "--synthetic --steps 40 --keep-last 99")
+    assert server.run(whole) == 0
+    for step in range(5, 40, 5):
+        out = tmp_path / f"from {step}".replace(" ", "_")
+        shutil.copytree(whole, out)
+        for path in (out / "checkpoints").iterdir():
+            if int(path.name) > step:
+                shutil.rmtree(path)
+        assert server.run(out) == 0
+        for later in range(step + 5, 45, 5):
+            assert arrays(out, later) == arrays(whole, later), (step, later)
+        assert losses(out) == losses(whole)
+    server.close()
+
+
+def pair(config: Path, out: Path, *more: str) -> list[subprocess.Popen]:
+    """Two processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "fvdm_jax.train", str(config), "--out", str(out), "--synthetic"]
+    command += ["--steps", "100000", "--save-every", "20", "--batch", "8", *more]
+    command += ["--coordinator", address, "--hosts", "2", "--host"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment(4), **pipes) for i in range(2)]
+
+
+def started(out: Path, processes: list[subprocess.Popen], steps: int = 30) -> None:
+    until = time.monotonic() + 300
+    while not (
+        (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > steps
+    ):
+        assert time.monotonic() < until and all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+def test_when_one_of_two_processes_is_lost_the_other_ends_and_says_so(
+    config, tmp_path, number, which, capsys
+):
+    out = tmp_path / "run"
+    processes = pair(config, out)
+    started(out, processes)
+    processes[which].send_signal(number)
+    began = time.monotonic()
+    said = processes[1 - which].communicate(timeout=120)
+    seconds = time.monotonic() - began
+    processes[which].kill()
+    processes[which].communicate()
+    with capsys.disabled():
+        print(f"\nended after {seconds:.1f} s, exit code {processes[1 - which].returncode}", end="")
+    if which == 0 and number == signal.SIGKILL:
+        # jax itself ends at once a process whose coordinator is gone, and says so at length.
+        assert processes[1].returncode == -signal.SIGABRT and "leader task was preempted/died" in said[1]
+    else:
+        assert processes[1 - which].returncode == 75, said
+        assert f"error: process {which} of 2 has not been heard of for 20 s, at step" in said[1]
+    assert seconds < 35
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_two_processes_agree_where_to_stop(config, tmp_path, told, capsys):
+    out = tmp_path / "run"
+    processes = pair(config, out)
+    started(out, processes)
+    began = time.monotonic()
+    processes[told].terminate()
+    said = [process.communicate(timeout=120) for process in processes]
+    seconds = time.monotonic() - began
+    assert [process.returncode for process in processes] == [143, 143], said
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"stopped by SIGTERM after step {saved}, which is saved" in said[0][1].replace("\n", " ")
+    with capsys.disabled():
+        print(f"\nboth had saved step {saved} and ended after {seconds:.1f} s", end="")
+
+
+def test_seeds_of_runs_do_not_know_the_machine():
+    """What is drawn comes of the seed and the step alone."""
+    from fvdm_jax.data.feed import Sizes, invented
+
+    first, second = (invented((2, 2, 2), Sizes(4, 4, 4, 3), 7, 1, (0, 1)) for _ in range(2))
+    a, b = next(first.stream(5)), next(second.stream(5))
+    assert np.array_equal(a.latents, b.latents) and np.array_equal(a.states, b.states)
