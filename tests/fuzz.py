@@ -2,9 +2,9 @@
 
 Every target takes bytes, and only this may happen: they are refused in one line (a Refusal), or what is read
 of them is sound by the target's own measure, which each `check` in fuzz_targets.py states. Anything else,
-another exception, a process that dies, or more than ten seconds, is a crash: the bytes stay in --crashes, and
-the exit code is 1, or the signal's. With --guided mutants are chosen by the code that they reach (pip install
-atheris).
+another exception, a process that dies, or more than ten seconds of the processor, is a crash: the bytes stay
+in --crashes, and the exit code is 1, or the signal's. With --guided mutants are chosen by the code that they
+reach (pip install atheris).
 """
 
 import argparse
@@ -58,7 +58,7 @@ def mutant(seed: bytes, chance: random.Random, words: Sequence[bytes] = ()) -> b
 
 def refused(target: Target, path: Path, case: bytes) -> bool:
     """Whether the case is refused. Raises what is neither that nor sound."""
-    began = time.monotonic()
+    began = time.process_time()
     try:
         target.check(path, case)
         return False
@@ -67,7 +67,7 @@ def refused(target: Target, path: Path, case: bytes) -> bool:
         assert line.startswith("error: ") and line.isprintable() and len(line) <= 1500, line
         return True
     finally:
-        taken = time.monotonic() - began
+        taken = time.process_time() - began
         assert taken < SLOWEST, f"took {taken:.0f} s"
 
 
