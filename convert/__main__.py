@@ -62,11 +62,11 @@ def parser() -> Parser:
 
 def main(argv: list[str]) -> None:
     """Converts what `argv` says."""
-    from . import caches
-
     given = parser().parse_args(argv)
     try:
         _check(given, vars(parser().parse_args(["SOURCE", "OUT"])))
+        from . import caches
+
         if given.to:
             _back(given)
         elif caches.lie_in(Path(given.source[0])):

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from einops import EinopsError, rearrange
-from flax.traverse_util import unflatten_dict
 
 from .tensors import Planned, Tensor, known
 
@@ -48,6 +47,9 @@ def affine(source: str, target: str) -> tuple[Rule, Rule]:
 
 def convert(rules: list[Rule], tensors: dict[str, np.ndarray], **sizes: int) -> dict:
     """The tensors as a nested tree, each moved by its rule. Raises KeyError as `plan` does."""
+    # Here, since what only reads flags imports this module too.
+    from flax.traverse_util import unflatten_dict
+
     read = {key: known(array) for key, array in tensors.items()}
     return unflatten_dict({array.path: array.whole() for array in plan(rules, read, **sizes)}, sep="/")
 

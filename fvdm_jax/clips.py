@@ -26,6 +26,8 @@ def _demuxed(path, form: str):
             if not container.streams.video:
                 raise Refusal(path, "has no pictures, only sound or text", "give a clip")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise Refusal(path, "has pictures in a code that is not known", "save it as H.264 or VP9")
             check_size(path, stream.codec_context.width, stream.codec_context.height)
             yield container, stream
     except av.FFmpegError as broken:

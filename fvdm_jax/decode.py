@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import struct
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -166,9 +167,27 @@ def _seconds(image, index: int) -> float:
 def _opened(path, form: str):
     from PIL import Image
 
-    with open(path, "rb") as file, Image.open(file, formats=[form]) as image:
+    with (
+        _silent() if form == "TIFF" else contextlib.nullcontext(),
+        open(path, "rb") as file,
+        Image.open(file, formats=[form]) as image,
+    ):
         check_size(path, *image.size)
         yield image
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches the standard error stream: libtiff would print there, beside the line of a refusal."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _still(path, form: str) -> Iterator:

@@ -10,7 +10,7 @@ from fvdm_jax import zoo
 from fvdm_jax.keeps import GRAMMAR
 from fvdm_jax.latents import SUFFIX
 from fvdm_jax.presets import PRESETS
-from fvdm_jax.program import Parser, number, numbered, plain, whole
+from fvdm_jax.program import Parser, number, numbered, plain, spoken, whole
 from fvdm_jax.prompt_files import GRAMMAR as LINES
 from fvdm_jax.rules import KERNELS, SOLVERS, SPACINGS
 
@@ -37,8 +37,8 @@ def parser() -> Parser:
 
 
 def _shown(add: Callable) -> None:
-    add("--prompt", metavar="TEXT", help="what to show; empty: whatever the model likes")
-    add("--negative", metavar="TEXT", help="what not to show")
+    add("--prompt", type=spoken, metavar="TEXT", help="what to show; empty: whatever the model likes")
+    add("--negative", type=spoken, metavar="TEXT", help="what not to show")
     add(
         "--keep",
         metavar="FRAME=FILE",

@@ -57,6 +57,15 @@ class Refusal(Exception):
         return f"error: {plain(self.where, 300)}: {plain(self.what, 650)}{right}"
 
 
+def spoken(text: str) -> str:
+    """The text that an argument spells in UTF-8, whatever the locale; for `type=` of an argument."""
+    try:
+        return os.fsencode(text).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # What no command line can have given is left to the rules.
+        return text
+
+
 def whole(text: str) -> int:
     """The whole number that `text` spells; for `type=` of an argument."""
     if not re.fullmatch(r"[+-]?[0-9]{1,40}", text.strip()):

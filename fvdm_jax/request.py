@@ -295,6 +295,6 @@ def check_outputs(request: Request) -> None:
     inputs = set() if request.decode else {os.path.realpath(keep.path) for keep in request.keeps}
     made = () if request.decode else (request.latents,)
     for path in (*request.outputs, *made):
+        check_output(path, "--out", request.overwrite or request.out == OUT)
         if os.path.realpath(path) in inputs:
             raise Refusal("--out", f"{path} would replace a file that is kept", "give another name")
-        check_output(path, "--out", request.overwrite or request.out == OUT)

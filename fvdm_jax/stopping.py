@@ -27,16 +27,28 @@ def interruptible() -> Iterator[None]:
     watcher = threading.Thread(target=_watch, args=(reader, done), daemon=True)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     before = signal.signal(signal.SIGTERM, _terminated)
+    said, sys.unraisablehook = sys.unraisablehook, _unless_stopped(sys.unraisablehook)
     watcher.start()
     try:
         yield
     finally:
         done.set()
+        sys.unraisablehook = said
         signal.signal(signal.SIGTERM, before)
         signal.set_wakeup_fd(previous)
         writer.close()
         watcher.join(1.0)
         reader.close()
+
+
+def _unless_stopped(say: Callable) -> Callable:
+    """`say`, but not of a stop that cannot be raised where it came, as in a callback: the watcher acts."""
+
+    def hook(told) -> None:
+        if not issubclass(told.exc_type, KeyboardInterrupt | SystemExit):
+            say(told)
+
+    return hook
 
 
 def _terminated(number: int, frame) -> NoReturn:
