@@ -16,7 +16,7 @@ from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal
 from fvdm_jax.rules import SOLVERS
 from fvdm_jax.serving import drawing, form, locks
-from fvdm_jax.serving.work import Progress, shown
+from fvdm_jax.serving.work import Progress, Work
 from fvdm_jax.session import Session, Video
 from fvdm_jax.studio import calls, rows
 from fvdm_jax.zoo import ZOO
@@ -28,9 +28,9 @@ UPLOAD = "25mb"
 class Page:
     """What happens on the page: every answer is a tuple of the values of its outputs."""
 
-    def __init__(self, session: Session, rooms: locks.Rooms, model: str):
+    def __init__(self, session: Session, work: Work, rooms: locks.Rooms, model: str):
         """`model` is what a user calls the model's folder; empty: the bundled one."""
-        self._session, self._rooms, self._model = session, rooms, model
+        self._session, self._work, self._rooms, self._model = session, work, rooms, model
 
     def drawn(self, *fields) -> tuple[str, str]:
         """The strip and the command of what the form asks for; or why that cannot be, and no command."""
@@ -49,7 +49,7 @@ class Page:
             asked = form.form(*fields)
             request = asked.request(self._session.complete, self._rooms.uploads)
             command = asked.command(self._model)
-            for event in shown(self._session, request):
+            for event in self._work.shown(request):
                 if isinstance(event, Progress):
                     yield self._progress(event, request)
                 else:
@@ -64,7 +64,8 @@ class Page:
             picture = gr.skip()
         else:
             picture = video.contact_sheet(event.preview, strength=request.strength)
-        return f"<p>step {event.done} of {event.total}</p>", picture, *[gr.skip()] * 3
+        told = f"step {event.done} of {event.total}" if event.done else "getting ready"
+        return f"<p>{told}</p>", picture, *[gr.skip()] * 3
 
     def _finished(self, event: Video, asked: form.Form, name: Path) -> str:
         event.save(name)
@@ -86,14 +87,15 @@ def blocks(session: Session, page: Page) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column(scale=3):
-                words, slots, (go, stop) = _words(own), _slots(own), _buttons()
+                words, slots = _words(own), _slots(own)
                 drawn = gr.HTML(elem_id="strip")
+                go, stop = _buttons()
             with gr.Column(scale=2):
                 status = gr.HTML("<p>nothing made yet</p>", elem_id="status")
                 result = gr.Video(label="video", interactive=False, autoplay=True, loop=True, elem_id="video")
                 sheet = gr.Image(label="frames", interactive=False, buttons=["fullscreen"], elem_id="frames")
                 command = gr.Textbox(
-                    label="the command that makes it again, where your files lie", lines=3, max_lines=8,
+                    label="the command that makes it again, where your files lie", lines=6, max_lines=20,
                     interactive=False, buttons=["copy"], elem_id="command",
                 )  # fmt: skip
                 with gr.Accordion("all its settings", open=False):
@@ -143,9 +145,17 @@ def _slots(own: dict) -> list:
         for i, frame in enumerate(begins):
             with gr.Column(min_width=120):
                 kinds = ["image", "video"]
-                made.append(gr.File(label=f"keep {i + 1}", file_types=kinds, height=120, elem_id=f"keep{i}"))
-                made.append(gr.Slider(0, last, frame, step=1, label="at latent frame"))
-                made.append(gr.Slider(0, 1, 0, step=0.05, label="loosened"))
+                made.append(
+                    gr.File(
+                        label=f"keep {i + 1}",
+                        file_types=kinds,
+                        height=120,
+                        elem_id=f"keep{i}",
+                        elem_classes="slot",
+                    )
+                )
+                made.append(gr.Slider(0, last, frame, step=1, label="at frame", buttons=[]))
+                made.append(gr.Slider(0, 1, 0, step=0.05, label="loosened", buttons=[]))
     return made
 
 
@@ -168,19 +178,28 @@ def serve(model: Path, named: str, port: int, show: bool) -> None:
     """Serves the page until the process is told to stop."""
     locks.check_port(port)
     session = Session(model.resolve())
-    with locks.rooms() as rooms:
-        app = blocks(session, Page(session, rooms, named)).queue(max_size=8, default_concurrency_limit=1)
-        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        # By a name of another's that leads here, a strange page could read this one.
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[locks.HOST, "localhost"])
-        app.launch(
-            server_name=locks.HOST, server_port=port, share=False, inbrowser=show, quiet=True,
-            show_error=False, max_file_size=UPLOAD, allowed_paths=[], ssr_mode=False, mcp_server=False,
-            prevent_thread_lock=True, footer_links=[], enable_monitoring=False, strict_cors=True,
-            theme=gr.themes.Base(**fonts), css=drawing.STYLE, app_kwargs={"middleware": [hosts]},
-        )  # fmt: skip
-        print(f"http://{locks.HOST}:{port} is there for this machine alone, until Ctrl-C", flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            app.close(verbose=False)
+    work = Work(session)
+    try:
+        with locks.rooms() as rooms:
+            app = blocks(session, Page(session, work, rooms, named))
+            try:
+                _launch(app, port, show)
+                print(f"http://{locks.HOST}:{port} is there for this machine alone, until Ctrl-C", flush=True)
+                threading.Event().wait()
+            finally:
+                app.close(verbose=False)
+    finally:
+        work.close()
+
+
+def _launch(app: gr.Blocks, port: int, show: bool) -> None:
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    # By a name of another's that leads here, a strange page could read this one.
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[locks.HOST, "localhost"])
+    app.queue(max_size=8, default_concurrency_limit=1, api_open=False)
+    app.launch(
+        server_name=locks.HOST, server_port=port, share=False, inbrowser=show, quiet=True, show_error=False,
+        max_file_size=UPLOAD, allowed_paths=[], ssr_mode=False, mcp_server=False, prevent_thread_lock=True,
+        footer_links=[], enable_monitoring=False, strict_cors=True, theme=gr.themes.Base(**fonts),
+        css=drawing.STYLE, app_kwargs={"middleware": [hosts]},
+    )  # fmt: skip

@@ -14,6 +14,8 @@ STYLE = """
 .strip .loose { background: repeating-linear-gradient(45deg, #f5b242 0 4px, #8a6a30 4px 8px); color: #18181b }
 .refused { border-left: 4px solid #e5484d; padding: .4rem .8rem; overflow-wrap: anywhere }
 .levels img { width: 100%; height: 7rem; image-rendering: pixelated; border-radius: 3px }
+#command textarea { font: .8rem/1.5 ui-monospace, monospace; overflow-x: auto; white-space: pre }
+.slot .wrap { font-size: .8rem; line-height: 1.4 } .slot .download { display: none }
 footer { display: none !important }
 """
 

@@ -81,7 +81,8 @@ class Form(NamedTuple):
     def command(self, model: str = "") -> str:
         """The command line that makes the same video, of files by their names; `model` as a user has it."""
         named = [f"--model={model}"] if model else []
-        return shlex.join(["python", "-m", "fvdm_jax.sample", *named, *self.arguments(os.path.basename)])
+        flags = map(shlex.quote, [*named, *self.arguments(os.path.basename)])
+        return " \\\n  ".join(["python -m fvdm_jax.sample", *flags])
 
     def request(self, complete: Callable[[Request], Request], uploads: Path) -> Request:
         """The complete Request. Raises Refusal where one cannot be, or asks for more than MOST."""

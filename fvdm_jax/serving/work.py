@@ -32,39 +32,54 @@ class _Left(Exception):
     """Nobody waits for the video any more."""
 
 
-def shown(session: Session, request: Request) -> Iterator[Progress | Video]:
-    """Progress step by step, and at last the Video. Raises what making it raises.
+class Work:
+    """Makes videos beside the thread that shows them, until it is closed."""
 
-    When the iterator is closed, the work ends after the step that is under way.
-    """
-    events: queue.SimpleQueue = queue.SimpleQueue()
-    left, began, total = threading.Event(), time.monotonic(), sum(calls(request))
-    at = max(1, round(PREVIEW * total))
+    def __init__(self, session: Session):
+        self._session, self._closed = session, threading.Event()
+        self._worker: threading.Thread | None = None
 
-    def look(step: Step) -> None:
-        if left.is_set():
-            raise _Left
-        if time.monotonic() - began > LIMIT:
-            raise Refusal("this page", f"makes videos for at most {LIMIT:.0f} seconds", "ask for fewer steps")
-        preview = session.pixels(request, np.asarray(step.latents())) if step.count == at < total else None
-        events.put(Progress(step.count, total, preview))
+    def shown(self, request: Request) -> Iterator[Progress | Video]:
+        """Progress step by step, and at last the Video. Raises what making it raises.
 
-    def work() -> None:
+        When the iterator is closed, the work ends after the step that is under way.
+        """
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        left, began, total = threading.Event(), time.monotonic(), sum(calls(request))
+        at = max(1, round(PREVIEW * total))
+
+        def look(step: Step) -> None:
+            if left.is_set() or self._closed.is_set():
+                raise _Left
+            if time.monotonic() - began > LIMIT:
+                what = f"makes videos for at most {LIMIT:.0f} seconds"
+                raise Refusal("this page", what, "ask for fewer steps")
+            due = step.count == at < total
+            preview = self._session.pixels(request, np.asarray(step.latents())) if due else None
+            events.put(Progress(step.count, total, preview))
+
+        def work() -> None:
+            try:
+                events.put(self._session.make(request, look))
+            except Exception as failure:
+                events.put(failure)
+
+        self._worker = threading.Thread(target=work, daemon=True)
+        self._worker.start()
         try:
-            events.put(session.make(request, look))
-        except Exception as failure:
-            events.put(failure)
+            yield Progress(0, total)
+            while True:
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Video):
+                    return
+        finally:
+            left.set()
 
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        yield Progress(0, total)
-        while True:
-            event = events.get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            if isinstance(event, Video):
-                return
-    finally:
-        left.set()
+    def close(self) -> None:
+        """Ends the work after the step that is under way: Python must not end before it."""
+        self._closed.set()
+        if self._worker:
+            self._worker.join()
