@@ -99,7 +99,7 @@ class Form(NamedTuple):
             return made
         except Refusal as refusal:
             # Where the files lie here is nobody's business, and longer than what is to be said.
-            texts = (re.sub(rf"{re.escape(str(uploads))}/[^\s=]*/", "", text) for text in refusal.args)
+            texts = (re.sub(rf"{re.escape(str(uploads))}/(?:[^\s=]*/)?", "", text) for text in refusal.args)
             raise Refusal(*texts) from refusal
 
     def settings(self, request: Request) -> dict:
