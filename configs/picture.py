@@ -2,8 +2,8 @@
 
     python configs/picture.py           # a minute on two cores; replaces fvdm_jax/assets/idea.gif
 
-Every picture is a step: above, what the running latents of each latent frame show; below, its noise level. The two
-pictures that are given are of a clip that the bundled model was never trained on.
+Every picture is a step: above, what the running latents of each latent frame show; below, its noise level.
+The two pictures that are given are of a clip that the bundled model was never trained on.
 """
 
 import sys
@@ -23,7 +23,7 @@ from fvdm_jax.flags import TINY  # noqa: E402
 from fvdm_jax.models.tokenizer import byte_tokenizer  # noqa: E402
 
 OUT = TINY.parent / "idea.gif"
-STEPS, SEED, CLIP, SIDE, BAR, GAP = 9, 77, 5, 52, 26, 3
+STEPS, SEED, CLIP, SIDE, BAR, GAP = 9, 77, 3, 52, 26, 3
 
 
 def main() -> None:
