@@ -40,13 +40,18 @@ TITLES = ("calls", "under way", "colour", "tone", "change", "colour, 8 windows",
           "seam ΔE", "change")  # fmt: skip
 
 
-def main(argv: list[str]) -> None:
-    """Prints the table."""
+def parser() -> Parser:
+    """The flags."""
     flags = Parser(prog="python configs/schedules.py", description="All schedules on one model.")
     flags.add_argument("--model", type=Path, default=TINY, metavar="DIR")
     flags.add_argument("--clips", type=whole, default=8, metavar="N")
     flags.add_argument("--steps", type=whole, default=10, metavar="N")
-    given = flags.parse_args(argv)
+    return flags
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    given = parser().parse_args(argv)
     request = Request(prompt="", model=given.model, steps=given.steps, explain=True)
     model = defaults(given.model)
     request = validate(request, model, base=True)

@@ -1,5 +1,6 @@
-"""Runs every task on the bundled model, and writes one page that shows what came out."""
+"""Runs every task on the bundled model, and writes one page that shows what came out; or serves one."""
 
+import importlib.util
 import time
 import webbrowser
 from pathlib import Path
@@ -11,7 +12,11 @@ from fvdm_jax.program import Parser, Refusal, check_output, leave, outputs, run,
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import TINY, Request, validate
 
-DESCRIPTION = "Runs every task on one model, and writes one page that shows what came out."
+DESCRIPTION = """Runs every task on one model, and writes one page that shows what came out.
+
+With --serve, a page on which videos are made, for this machine alone: pip install -e ".[serve]".
+"""
+PORT = 7860
 OUT = Path("demo.html")
 
 
@@ -28,25 +33,49 @@ def parser() -> Parser:
     )
     add("--overwrite", action="store_true", help="replace another file that exists")
     add("--open", action="store_true", help="show it in a browser")
+    add("--serve", action="store_true", help="instead, a page on which videos are made, on 127.0.0.1 alone")
+    add("--port", type=whole, default=PORT, metavar="N", help=f"where --serve listens; default {PORT}")
     return flags
 
 
 def parse(argv: list[str]) -> tuple[object, Request]:
     """The flags, and how the model is sampled. Raises Refusal, or SystemExit after --help."""
     given = parser().parse_args(argv)
+    _check_served(given)
     if wrong := rules.whole_from(0, 10**6)(given.clip):
         raise Refusal("--clip", f"{given.clip} {wrong[0]}", wrong[1])
     asked = Request(prompt="", model=given.model, steps=given.steps, seed=given.seed, explain=True)
     model = defaults(given.model)
     request = validate(asked, model, base=True)
+    if given.serve:
+        return given, request
     check(request, model)
     check_output(given.out, "--out", given.overwrite or given.out == OUT)
     return given, request
 
 
+def _check_served(given) -> None:
+    """Raises Refusal where flags of the two pages are mixed, or the served one cannot be."""
+    unset = vars(parser().parse_args([]))
+    others = ("steps", "clip", "seed", "out", "overwrite") if given.serve else ("port",)
+    for name in others:
+        if getattr(given, name) != unset[name]:
+            what = "has no effect " + ("with --serve" if given.serve else "without --serve")
+            raise Refusal(f"--{name}", what, "leave it out")
+    if given.serve and not importlib.util.find_spec("gradio"):
+        raise Refusal("--serve", "needs gradio, which is not here", 'add it: pip install -e ".[serve]"')
+    if wrong := rules.whole_from(1024, 65535)(given.port):
+        raise Refusal("--port", f"{given.port} {wrong[0]}", wrong[1])
+
+
 def main(argv: list[str]) -> None:
     """Makes the page that `argv` asks for."""
     given, request = parse(argv)
+    if given.serve:
+        from fvdm_jax.serving.app import serve
+
+        named = "" if given.model == TINY else str(given.model)
+        return serve(given.model, named, given.port, given.open)
     with Stages() as stages:
         with stages("load"):
             import jax

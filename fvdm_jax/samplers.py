@@ -63,6 +63,18 @@ def advance(process: Process, denoise: Denoiser, sampler: Sampler, carry: tuple,
     return jax.lax.scan(move, carry, (levels[:-1], levels[1:]))[0]
 
 
+def heading(process: Process, before: Latents, after: Latents, step: Schedule) -> Latents:
+    """The clean latents that a step of two rows [2 f] was heading for: where its direction leads to level 0.
+
+    Exactly what was predicted, for Euler. Of a frame that did not move, what its level leaves of it.
+    """
+    now, then = (expand(jnp.broadcast_to(row, before.shape[:2]), before) for row in step)
+    (a, s), (b, t) = ((process.alpha(level), process.sigma(level)) for level in (now, then))
+    moved = then < now
+    ahead = (s * after - t * before) / jnp.where(moved, s * b - t * a, 1.0)
+    return jnp.where(moved, ahead, a * before)
+
+
 def _euler_step(
     process: Process, x: Latents, predicted: Prediction, now: Levels, then: Levels, state: tuple
 ) -> tuple[Latents, tuple]:

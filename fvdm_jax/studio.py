@@ -23,6 +23,9 @@ from fvdm_jax.schedule import SPACINGS, switch
 from fvdm_jax.shapes import Latents, Schedule
 from fvdm_jax.tasks import Task, text_to_video
 
+Look = Callable[[Latents, Latents, Schedule], None]
+"""What is told of every step that is done: the clip before it and after it, and its two rows of levels."""
+
 ROOM = 1.5
 """How many times what an expert takes must be free for the other one to be loaded beside it."""
 
@@ -34,9 +37,9 @@ class Studio:
     weights and the strengths of LoRAs are data.
     """
 
-    def __init__(self, requests: list[Request], stages: Stages):
-        """`requests` are all that will come, as of `commands.lines`: of other prompts, seeds, keeps."""
-        self._stages, request = stages, requests[0]
+    def __init__(self, requests: list[Request], stages: Stages, look: Look | None = None):
+        """`requests` are those that will come, as of `commands.lines`: of other prompts, seeds, keeps."""
+        self._stages, self._look, request = stages, look, requests[0]
         with stages("load"):
             machine.keep_compiled_programs()
             machine.keep_memory()
@@ -56,12 +59,22 @@ class Studio:
         self._compiled: dict[object, Callable] = {}
         self._plans: dict[object, np.ndarray] = {}
         self._held: dict[str, dict] = {}
-        self._last = requests[-1]
+        self._read: dict[str, np.ndarray] = {}
         # Read first, so that the text encoder is gone before a transformer comes.
-        reader = Reader(request.model, self.networks, stages, machine.cache("text"))
+        self._hear(requests)
+        self._last: Request | None = requests[-1]
+
+    def welcome(self, request: Request) -> None:
+        """Takes one more request; from now on nothing is given back, since others may follow."""
+        self._hear([request])
+        self._last = None
+
+    def _hear(self, requests: list[Request]) -> None:
         told = (text for one in requests for text in (*(one.segments or (one.prompt,)), one.negative))
-        self._length = reader.length
-        self._read = {text: self._states(reader, text) for text in dict.fromkeys(told)}
+        if new := [text for text in dict.fromkeys(told) if text not in self._read]:
+            reader = Reader(requests[0].model, self.networks, self._stages, machine.cache("text"))
+            self._length = reader.length
+            self._read |= {text: self._states(reader, text) for text in new}
 
     def shape(self, frames: int) -> tuple[int, ...]:
         """The shape of a clip of so many latent frames, [1 f h w c]."""
@@ -159,10 +172,14 @@ class Studio:
         marks = [()] * (len(schedule) - 1) if calls is None else [(self._put(call),) for call in calls]
         with jax.set_mesh(self._over):
             step = self._program(what, program, *inputs, carry, schedule[:2], *marks[0])
-            for s, mark in enumerate(marks):
-                with self._stages("denoise"):
-                    carry = jax.block_until_ready(step(*inputs, carry, schedule[s : s + 2], *mark))
-                    self._stages.step()
+        for s, mark in enumerate(marks):
+            before = carry[0]
+            with self._stages("denoise"), jax.set_mesh(self._over):
+                pair = schedule[s : s + 2]
+                carry = jax.block_until_ready(step(*inputs, carry, pair, *mark))
+                self._stages.step()
+            if self._look:
+                self._look(before, carry[0], pair)
         return carry
 
     def _calls(self, request: Request, name: str, params: dict, levels: zoo.Matrix) -> np.ndarray:

@@ -19,7 +19,8 @@ FLOORS = {
     " runs measures export previews saving train_run train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
-    " evaluating.table evaluating.vbench evaluating.page evaluate demo doctor",
+    " evaluating.table evaluating.vbench evaluating.page evaluate session serving.form serving.work"
+    " serving.drawing serving.locks serving.app demo doctor",
     6: "guidance rollout checkpoint prompts training held_out config trainer sampling integrity",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
@@ -132,6 +133,7 @@ def test_every_third_party_import_is_a_declared_dependency():
     for path in (*MODULES.values(), *converter):
         foreign = {name.split(".")[0] for name in imports(path)} - known
         optional = {"hub": {"huggingface_hub"}, "baseline": {"torch", "diffusers", "transformers"}}
+        optional["app"] = {"gradio", "starlette"}
         for root in foreign - optional.get(path.stem, set()):
             assert names.get(root, root).lower() in declared | {"numpy"}, f"{path} imports {root}"
 

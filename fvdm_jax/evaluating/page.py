@@ -18,14 +18,29 @@ SIDE = 192
 
 STYLE = """
 body { background: #18181b; color: #d6d6da; font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-       max-width: 68rem; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 0 0 .3rem } p { margin: .2rem 0 }
-section { border-top: 1px solid #3f3f46; padding: 1.2rem 0 }
-.row { display: flex; flex-wrap: wrap; gap: 1.2rem; align-items: flex-end }
+       max-width: 62rem; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin: 0 } p { margin: .2rem 0 }
+section { border-top: 1px solid #3f3f46; margin-top: 1rem; padding: 1rem 0 }
+.row { display: grid; gap: 1.2rem; align-items: end;
+       grid-template-columns: minmax(9rem, 1fr) repeat(3, 12rem) }
+.row > :first-child { align-self: start }
+@media (max-width: 50rem) { .row { grid-template-columns: 1fr 1fr } }
+.stills { display: flex; flex-wrap: wrap; gap: .8rem; margin: .8rem 0 0 3px }
 figure { margin: 0 } figcaption { color: #92929b; font-size: .8rem }
 img, video { display: block; image-rendering: pixelated; border-radius: 3px }
 .kept { outline: 3px solid #f5b242 } code { color: #f5b242 } .dim { color: #92929b }
 """
+
+TOLD = {
+    "t2v": "from the prompt alone",
+    "i2v": "from a first picture",
+    "start-end": "from a first picture to a last",
+    "extension": "on from a clip",
+    "completion": "around pictures here and there",
+    "transition": "from one clip to another",
+    "long": "in windows, each on from the one before",
+}
+"""What a task is, in words."""
 
 
 class Row(NamedTuple):
@@ -44,7 +59,9 @@ class Row(NamedTuple):
 
 def page(rows: list[Row], fps: float, told: str) -> str:
     """The page of these rows; `told` is a line about model and machine."""
-    body = "\n".join(_section(row, fps) for row in rows)
+    prompts = dict.fromkeys(row.prompt for row in rows)
+    body = "\n".join(_section(row, fps, len(prompts) > 1) for row in rows)
+    shared = "" if len(prompts) > 1 else f"<p>The prompt of all: <code>{html.escape(*prompts)}</code></p>"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>fvdm_jax: one model, every task</title><style>{STYLE}</style>
@@ -53,27 +70,25 @@ def page(rows: list[Row], fps: float, told: str) -> str:
 <p>In a matrix time runs down, over the steps, and latent frames lie across; white is noise, black is clean.
 What is given, framed in <code>yellow</code>, is clean from the beginning. The truth is a clip of the world
 that the model was trained on, and never saw; without frames that are given, a prompt allows for others.</p>
+{shared}
 {body}
 </html>
 """
 
 
-def _section(row: Row, fps: float) -> str:
-    stills = [(k, _image(_png(row.true[video.STRIDE * k]), 64, "kept")) for k in row.given]
-    shown = "".join(_figure(still, f"frame {k}") for k, still in stills)
-    given = shown or '<p class="dim">the prompt alone</p>'
+def _section(row: Row, fps: float, prompted: bool) -> str:
+    stills = [_figure(_image(_png(row.true[video.STRIDE * k]), 64, "kept"), f"frame {k}") for k in row.given]
+    told = f"<p>{html.escape(row.prompt)}</p>" if prompted else ""
+    head = f'<h2>{html.escape(row.name)}</h2><p class="dim">{TOLD.get(row.name, "")}</p>{told}'
+    steps = f"{len(row.levels) - 1} steps × {row.levels.shape[1]} frames"
+    made = f"made: {row.calls} calls, {row.seconds:.1f} s"
     parts = [
-        f'<div class="row">{given}</div>',
-        _figure(
-            _image(_heat(row.levels), SIDE), f"{len(row.levels) - 1} steps × {row.levels.shape[1]} frames"
-        ),
-        _figure(_video(row.made, fps), f"made: {row.calls} calls, {row.seconds:.1f} s"),
+        f'<div>{head}<div class="stills">{"".join(stills)}</div></div>',
+        _figure(heat(row.levels, SIDE), steps + (", then on" if row.name == "long" else "")),
+        _figure(_video(row.made, fps), made),
         _figure(_video(row.true, fps), "truth"),
     ]
-    return (
-        f"<section><h2>{html.escape(row.name)}</h2><p>{html.escape(row.prompt)}</p>"
-        f'<div class="row">{"".join(parts)}</div></section>'
-    )
+    return f'<section><div class="row">{"".join(parts)}</div></section>'
 
 
 def _figure(inside: str, caption: str) -> str:
@@ -93,8 +108,9 @@ def _png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _heat(levels: Matrix) -> bytes:
-    return _png(np.rint(255 * levels).astype(np.uint8))
+def heat(levels: Matrix, side: int = SIDE) -> str:
+    """Levels [s f] as an image, steps down and frames across, in HTML."""
+    return _image(_png(np.rint(255 * levels).astype(np.uint8)), side)
 
 
 def _video(pixels: np.ndarray, fps: float) -> str:

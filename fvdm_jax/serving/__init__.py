@@ -1,0 +1,1 @@
+"""The page on which videos are made, for this machine alone."""

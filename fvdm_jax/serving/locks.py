@@ -1,0 +1,64 @@
+"""What keeps the page to itself: folders of its own, an empty place to stand in, one address, one port."""
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fvdm_jax.program import Refusal
+
+HOST = "127.0.0.1"
+"""This machine alone; there is no way to ask for another address."""
+
+
+class Rooms(NamedTuple):
+    """Folders that only this user can enter: what is uploaded, what is made, and an empty one."""
+
+    uploads: Path
+    made: Path
+
+
+@contextlib.contextmanager
+def rooms() -> Iterator[Rooms]:
+    """The process stands in an empty folder of its own, and gradio keeps to folders beside it; then all goes.
+
+    Of the environment nothing tells gradio to share, to listen elsewhere or to serve further folders.
+    """
+    before, mask = Path.cwd(), os.umask(0o077)
+    home = Path(os.path.realpath(tempfile.mkdtemp(prefix="fvdm-serve-")))
+    empty, uploads, made = (home / name for name in ("empty", "uploads", "made"))
+    for folder in (empty, uploads, made):
+        folder.mkdir()
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(uploads),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # What a function returns may lie in the system's folder of temporary files, so that is ours too.
+    tempfile.tempdir = str(made)
+    os.chdir(empty)
+    try:
+        yield Rooms(uploads, made)
+    finally:
+        os.chdir(before)
+        tempfile.tempdir = None
+        os.umask(mask)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def check_port(port: int) -> None:
+    """Raises Refusal unless the page can listen there."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((HOST, port))
+        except OSError as failure:
+            what = f"{port} cannot be listened on: {failure.strerror}"
+            raise Refusal("--port", what, "give another, from 1024 to 65535") from failure
