@@ -71,7 +71,7 @@ def watched(tmp_path):
         noted = tmp_path / "noted"
         noted.unlink(missing_ok=True)
         told = os.environ | {"PYTHONPATH": f"{hooks}{os.pathsep}{ROOT}", "NOTED": str(noted)}
-        told |= {"PYTHONDONTWRITEBYTECODE": "1"} | environment
+        told |= {"PYTHONDONTWRITEBYTECODE": "1", "XLA_FLAGS": ""} | environment
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [*before, sys.executable, *map(str, arguments)]
         done = subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, text=True)
