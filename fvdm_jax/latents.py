@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax.program import Refusal, outputs
+from fvdm_jax.program import Refusal, outputs, plain
 
 SUFFIX = ".latents.safetensors"
 NAME = "latents"
@@ -66,6 +66,32 @@ def probe(path: Path) -> Saved:
         raise Refusal(path, f"cannot be read: {failure.strerror}", "give a file that exists") from failure
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as broken:
         raise Refusal(path, "is no file of latents", f"give one that ends in {SUFFIX}") from broken
+
+
+def noise(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The noise of an .npy file, as float32 of this shape [1 f h w c].
+
+    It may be without the first axis, and channels may come before frames, as Wan's own programs have it;
+    where both readings fit, ours is taken. Raises Refusal for anything else, and where a number is not
+    finite.
+    """
+    order = (0, 4, 1, 2, 3)
+    theirs = tuple(shape[i] for i in order)
+    try:
+        # Mapped, so that a file of another size is refused before it is read.
+        found = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as broken:
+        what = f"is no .npy file of numbers ({plain(str(broken), 200)})"
+        raise Refusal(f"--noise-file {path}", what, f"give one of {list(shape)}") from broken
+    wide = found.shape if getattr(found, "ndim", 0) == 5 else (1, *getattr(found, "shape", ()))
+    if found.dtype.kind != "f" or wide not in (shape, theirs):
+        what = f"holds {found.dtype} {list(found.shape)}"
+        right = f"give floats of {list(shape)}, or of {list(theirs)}, as Wan has it"
+        raise Refusal(f"--noise-file {path}", what, right)
+    array = np.asarray(found, np.float32).reshape(wide)
+    if not np.isfinite(array).all():
+        raise Refusal(f"--noise-file {path}", "holds numbers that are not finite", "draw it again")
+    return array if wide == shape else np.ascontiguousarray(array.transpose(np.argsort(order)))
 
 
 def load(path: Path) -> np.ndarray:

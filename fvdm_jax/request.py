@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from fvdm_jax import prompt_files, zoo
-from fvdm_jax.defaults import SAMPLING, Defaults
+from fvdm_jax.defaults import PATCH, SAMPLING, Defaults
 from fvdm_jax.flags import OUT, TINY
 from fvdm_jax.keeps import Keep, latent, placed, total
-from fvdm_jax.latents import SUFFIX
+from fvdm_jax.latents import SUFFIX, noise
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
 from fvdm_jax.rules import RULES, sides
@@ -71,6 +71,7 @@ class Request:
     overlap: int = 0
     anchors: int = 0
     still: bool = False
+    noise_file: Path | None = None
     segments: tuple[str, ...] = ()
     keeps: tuple[Keep, ...] = ()
 
@@ -83,6 +84,11 @@ class Request:
     def total(self) -> int:
         """Latent frames of the whole video."""
         return total(self.frames, self.length, self.fps)
+
+    def shape(self, model: Defaults) -> tuple[int, ...]:
+        """The shape of the latents of the video, or of each window of a long one, [1 f h w c]."""
+        spatial = model.multiple // PATCH
+        return 1, self.latent_frames, *(side // spatial for side in self.size), model.channels
 
     @property
     def rolls(self) -> bool:
@@ -128,7 +134,9 @@ class Request:
     @property
     def settings(self) -> dict:
         """Every setting as plain JSON values; what the video's comment and the settings file hold."""
-        given = {str(keep.path): _stamp(keep.path) for keep in self.keeps if not self.decode}
+        files = [] if self.decode else [keep.path for keep in self.keeps]
+        files += [self.noise_file] if self.noise_file and not self.decode else []
+        given = {str(path): _stamp(path) for path in files}
         settings = dataclasses.asdict(self) | {"strength": self.strength, "files": given}
         for name in ("debug", "explain", "overwrite", "decode", "keeps"):
             del settings[name]
@@ -169,6 +177,10 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
     if not (base or several):
         _check_pictures(complete, model)
     complete = _windows(complete, model)
+    if complete.noise_file:
+        if complete.length is not None:
+            raise Refusal("--noise-file", "is of one window", "leave out --length")
+        noise(complete.noise_file, complete.shape(model))
     if outputs and not complete.explain and not several:
         check_outputs(complete)
     return complete

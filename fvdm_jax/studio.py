@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fvdm_jax import caching, checkpoint, lora, machine, programs, rollout, sampling, sharding, zoo
+from fvdm_jax import caching, checkpoint, latents, lora, machine, programs, rollout, sampling, sharding, zoo
 from fvdm_jax.defaults import defaults
 from fvdm_jax.given import Given
 from fvdm_jax.guidance import Generation, Looks, Weights
@@ -89,7 +89,7 @@ class Studio:
         self._stages.expect("denoise", len(rows(request, task.strength)) - 1)
         if request is self._last:
             self._given.forget()
-        made = np.asarray(self._denoised(request, request.prompt, task, self._noise(request.seed), extra))
+        made = np.asarray(self._denoised(request, request.prompt, task, self._begun(request), extra))
         if request is self._last:
             # What decodes has the devices to itself.
             self._held.clear()
@@ -130,6 +130,12 @@ class Studio:
         sigmas = SPACINGS[request.spacing](request.steps, request.shift)
         begin, frames = self._programs.begin, request.latent_frames
         return map(np.asarray, rollout.rolling(begin, advance, noise, sigmas, frames, request.overlap))
+
+    def _begun(self, request: Request) -> Latents:
+        """The noise that a short video begins with: the seed's, or a file's."""
+        if request.noise_file is None:
+            return self._noise(request.seed)
+        return jnp.asarray(latents.noise(request.noise_file, self._shape))
 
     def _noise(self, seed: int, window: int = 0) -> Latents:
         """The noise of a window; that of the first is a short video's."""

@@ -178,7 +178,8 @@ def test_the_flags_are_those_agreed():
         "-h --help --debug --prompt --negative --keep --frames --size --steps --solver --shift --guidance"
         " --seed --fps --model --lora --out --overwrite --explain --decode --tiles --mesh --attention"
         " --schedule --interval --rescale --history --history-level --history-windows --preset --spacing"
-        " --boundary --still --prompts --length --overlap --anchors --context-noise --cache".split()
+        " --boundary --still --prompts --length --overlap --anchors --context-noise --cache"
+        " --noise-file".split()
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,44 @@ def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
         assert sample("--out", f"{name}.mp4", "--seed", seed)[0] == 0
         made.append(video.read(f"{name}.mp4", 9, (32, 48)))
     assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
+
+
+def test_noise_may_be_a_files_ours_or_as_wan_has_it(sample, model):
+    shape = (1, 3, 4, 6, 4)
+    noise = np.asarray(jax.random.normal(key(1), shape))
+    np.save("ours.npy", noise.astype(np.float64))
+    np.save("wans.npy", noise[0].transpose(3, 0, 1, 2))
+    made = []
+    for name, flags in (
+        ("seed", ["--seed", "1"]),
+        ("ours", ["--noise-file", "ours.npy"]),
+        ("wans", ["--noise-file", "wans.npy"]),
+    ):
+        code, _, said = sample("--out", f"{name}.mp4", *flags)
+        assert code == 0, said
+        made.append(latents.load(Path(f"{name}.latents.safetensors")))
+    assert made[0].shape == shape and all(np.array_equal(made[0], other) for other in made[1:])
+    # Made by the same noise or not, latents are decoded again.
+    assert sample("--decode", "wans.latents.safetensors", "--out", "again.mp4")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (np.zeros((1, 3, 4, 6, 5)), r"holds float64 \[1, 3, 4, 6, 5\]; give floats of \[1, 3, 4, 6, 4\]"),
+        (np.zeros((1, 3, 4, 6, 4), int), r"holds int64"),
+        (np.full((1, 3, 4, 6, 4), np.nan), "numbers that are not finite"),
+        (np.array({"a": 1}, object), "is no .npy file of numbers"),
+        (np.float32(3), r"holds float32 \[\]"),
+    ],
+)
+def test_noise_that_is_none_is_refused(sample, content, said):
+    np.save("noise.npy", content, allow_pickle=content.dtype == object)
+    code, _, errors = sample("--noise-file", "noise.npy", "--out", "out.mp4")
+    assert code == 2 and re.fullmatch(f"error: --noise-file noise.npy: .*{said}.*\n", errors), errors
+    Path("noise.npy").write_bytes(b"PK\x03\x04")
+    assert sample("--noise-file", "noise.npy")[0] == 2 and sample("--noise-file", "absent.npy")[0] == 2
+    assert not Path("out.mp4").exists()
 
 
 def test_small_seeds_are_jaxs():
