@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", os.environ.get("FVDM_TEST_PLATFORM", "cpu"))
-EIGHT = " --xla_force_host_platform_device_count=8"
-if EIGHT not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + EIGHT
+if "device_count=8" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 if os.environ["JAX_PLATFORMS"] == "cpu":
     kept = tempfile.mkdtemp(prefix="fvdm_jax_tests_")
