@@ -94,21 +94,24 @@ def arrays(out: Path, step: int) -> dict:
     return told["digests"] | {"position": told["position"]}
 
 
-def losses(out: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["gradient"]) for line in lines]
+def made(out: Path) -> list[tuple]:
+    """The steps that are in the log, with their losses; the last may be half written."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    told = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(line["step"], line["loss"], line["gradient"]) for line in told]
 
 
 @pytest.mark.slow
 def test_it_is_killed_at_any_moment_and_loses_no_more_than_an_interval(config, tmp_path, capsys):
     log, draw, kills = tmp_path / "log", random.Random(0), KILLS
     server = Server(config, log)
+    began = time.monotonic()
     assert server.run(tmp_path / "whole") == 0, log.read_text()
-    out, done, most, turns = tmp_path / "run", 0, 0, 0
-    seconds = 4.0
+    seconds = time.monotonic() - began
+    out, done, most, turns, working = tmp_path / "run", 0, 0, 0, 0
     while done < kills:
-        turns += 1
-        before = time.monotonic()
+        turns, before = turns + 1, made(out)
         code = server.run(out, draw.uniform(0.3, seconds))
         if code == 0:
             # It was faster: another folder for the rest of the kills.
@@ -117,23 +120,23 @@ def test_it_is_killed_at_any_moment_and_loses_no_more_than_an_interval(config, t
             continue
         assert code == -signal.SIGKILL, (code, log.read_text()[-2000:])
         done += 1
-        if time.monotonic() - before > 0.9 * seconds and not (out / "checkpoints").exists():
-            # A slow machine: it is to be killed in its work, and not only in its preparations.
-            seconds *= 1.5
-        if (out / "metrics.jsonl").exists() and (out / "checkpoints").exists():
-            saved = [int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
-            steps = [step for step, *_ in losses(out)] if saved else []
-            if steps:
-                most = max(most, steps[-1] - max(saved))
+        working += made(out) != before
+        saved = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+        most = max(most, len(made(out)) - max(saved, default=0))
     assert server.run(out) == 0, log.read_text()[-2000:]
     server.close()
     assert arrays(out, 100) == arrays(tmp_path / "whole", 100)
-    assert losses(out) == losses(tmp_path / "whole")
+    assert made(out) == made(tmp_path / "whole")
     assert not list((out / "checkpoints").glob("*tmp*"))
     # A checkpoint is written while the steps of the next interval are made.
     assert most <= 2 * 5
     with capsys.disabled():
-        print(f"\n{done} kills in {turns} runs; at most {most} steps were made again", end="")
+        print(
+            f"\n{done} kills in {turns} runs, {working} of them among steps; at most {most} made again",
+            end="",
+        )
+    # Many are to come while steps are made and checkpoints written, and not only in preparations.
+    assert working > kills / 3
 
 
 @pytest.mark.slow
@@ -152,7 +155,7 @@ def test_it_goes_on_to_the_bit_from_every_checkpoint(config, tmp_path):
         assert server.run(out) == 0
         for later in range(step + 5, 45, 5):
             assert arrays(out, later) == arrays(whole, later), (step, later)
-        assert losses(out) == losses(whole)
+        assert made(out) == made(whole)
     server.close()
 
 
