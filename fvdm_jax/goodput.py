@@ -70,5 +70,5 @@ def goodput(folder: Path) -> dict[str, float]:
         for what, seconds in told["seconds"].items():
             spent[what] = spent.get(what, 0.0) + seconds
     lost = sum(told["lost_seconds"] for told in last.values())
-    kept = max(0.0, spent.get(STEP, 0.0) - lost)
-    return spent | {"lost": lost, "goodput": kept / max(sum(spent.values()), 1e-9)}
+    # A process that is killed has written its line with its last checkpoint: what is lost is in none.
+    return spent | {"lost": lost, "goodput": spent.get(STEP, 0.0) / max(sum(spent.values()) + lost, 1e-9)}

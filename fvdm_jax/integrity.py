@@ -1,18 +1,24 @@
-"""Digests of arrays where they lie, by which damage is known: on any mesh, before anything is trained on it.
+"""Digests of arrays where they lie, and of files: damage is known on any mesh, before it is trained on.
 
 A digest of an array is two sums, modulo 2³², of its elements' bits, each mixed with its place in the whole
 array by a bijection. So one changed element always shows, and others but for one in 2⁶⁴; and it does not
 depend on how the array is cut among devices.
 """
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+FILES, SMALL = "files.json", 2**20
+"""What a checkpoint's folder holds, in a file of it, with the hashes of those of at most so many bytes."""
 
 
 class Digest(NamedTuple):
@@ -98,3 +104,26 @@ def _mixed(words: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         words = (words ^ (words >> shift)) * jnp.uint32(factor)
     return words ^ (words >> 16)
+
+
+def files(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size of every file of a folder, and a hash of the small ones; large ones hold arrays, with digests."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != FILES and not path.name.startswith("."):
+            bytes_ = path.stat().st_size
+            small = hashlib.sha256(path.read_bytes()).hexdigest() if bytes_ <= SMALL else ""
+            found[path.relative_to(folder).as_posix()] = bytes_, small
+    return found
+
+
+def changed(folder: Path) -> list[str]:
+    """The files that are not as `files` had them; none where a run ended before it could tell."""
+    if not (folder / FILES).is_file():
+        return []
+    try:
+        told = {name: tuple(what) for name, what in json.loads((folder / FILES).read_text("utf-8")).items()}
+    except (ValueError, AttributeError, TypeError):
+        return [FILES]
+    found = files(folder)
+    return sorted(name for name in told.keys() | found.keys() if told.get(name) != found.get(name))

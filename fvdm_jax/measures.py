@@ -114,9 +114,10 @@ class Meter:
             self.say(f"warning: {plain(name)} {plain(self._bad[name])}; another clip takes its place")
         self._named |= self._bad.keys()
         most = self._trainer.settings.max_bad
-        if len(self._bad) > most * self._count:
+        # Every process knows of those that it has read.
+        if len(self._bad) > most * self._count / jax.process_count():
             what = (
-                f"{len(self._bad)} of {self._count} records cannot be read, such as {next(iter(self._bad))}"
+                f"{len(self._bad)} records of {self._count} cannot be read, such as {next(iter(self._bad))}"
             )
             raise Refusal("--max-bad", what, f"mend them, or allow more than {most:.2%}")
 

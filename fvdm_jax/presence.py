@@ -1,7 +1,8 @@
 """Who works in a run's folder: one run at a time, and processes that see when another is no more.
 
-Every process writes a count to a file of its own in the folder, twice a second or so; that it changes is all
-that others look for, so that nothing depends on clocks, and any shared file system will do.
+Every process writes a count to a file of its own in the folder; that it changes is all that others look for,
+so that nothing depends on clocks. The folder has to show within SILENCE what another host has written: a
+bucket is to be mounted without a cache of metadata.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from pathlib import Path
 from fvdm_jax.program import Refusal, alive, plain
 
 OWNER, BEATS = "owner.json", "beats"
-BEAT = 0.5
-"""Seconds between the counts."""
+BEAT = 1.5
+"""Seconds between the counts; a bucket's object may be written once a second."""
 SILENCE = 20.0
 """Seconds without a count after which a process is taken for dead or hung."""
 STRANGE = 5.0
@@ -53,7 +54,7 @@ class Presence:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         told = {"token": self._token, "host": socket.gethostname(), "process": os.getpid(), "since": since}
         with contextlib.suppress(FileNotFoundError):
-            # Only one of two that find a dead owner gets to link its own.
+            # Of two that find a dead owner at once, the first sees the other's name there, and ends.
             owner.unlink()
         draft = owner.with_name(f".{OWNER}-{self._token}")
         draft.write_text(json.dumps(told | {"born": _born(os.getpid())}), "utf-8")
@@ -107,9 +108,11 @@ class Presence:
             now = time.monotonic()
             for other in others:
                 content = _content(self._folder / BEATS / str(other))
-                if seen.setdefault(other, ("", now))[0] != content or content == "left":
+                before, since = seen.setdefault(other, (content, None))
+                if content != before or content == "left":
                     seen[other] = content, now
-                elif now - seen[other][1] > SILENCE:
+                # One that has not begun to count is waited for; what an earlier run left does not count.
+                elif since is not None and now - since > SILENCE:
                     what = f"process {other} of {self._count} has not been heard of for {SILENCE:.0f} s"
                     _end(f"error: {what}, at {self._doing}; start the run again, it goes on", AGAIN)
         if not self._silent:

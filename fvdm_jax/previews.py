@@ -42,17 +42,19 @@ class Previews(NamedTuple):
         clean = np.asarray(self.clip.latents, np.float32)[None]
         noise = jax.random.normal(jax.random.key(0), clean.shape)
         sigmas = SPACINGS[self.settings["spacing"]](self.settings["steps"], self.settings["shift"])
-        written = []
+        made = {}
+        # All are made before the first is written, so that a process that fails to write has sampled with
+        # the others.
         for name, kept in TASKS.items():
             task = tasks.text_to_video(clean.shape)
             for frame in kept:
                 task = task.keep(clean[:, frame : frame + 1], frame)
             rows = schedule(sigmas, np.asarray(task.strength))
             inputs = (self.prompts, self.settings["guidance"], noise, task.canvas, rows)
-            made = np.asarray(self.program(variables, *inputs))
-            if jax.process_index() == 0:
-                written += self._written(f"step_{step:06d}_{name}", made, np.asarray(task.strength).tolist())
-        return written
+            made[name] = np.asarray(self.program(variables, *inputs)), np.asarray(task.strength).tolist()
+        if jax.process_index():
+            return []
+        return [path for name in made for path in self._written(f"step_{step:06d}_{name}", *made[name])]
 
     def _written(self, name: str, made: np.ndarray, strength: list[float]) -> list[Path]:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -52,11 +52,15 @@ class Log:
         path = folder / METRICS
         self.lost, self._incidents = (0, 0.0), folder / INCIDENTS
         if path.is_file():
-            lines = [(json.loads(line), line) for line in _lines(path)]
+            lines = list(_told(path))
             after = [told for told, _ in lines if told["step"] > step and "loss" in told]
             self.lost = len(after), sum(told["seconds"] for told in after)
             with outputs(path) as (draft,):
                 draft.write_text("".join(line for told, line in lines if told["step"] <= step), "utf-8")
+        if self._incidents.is_file():
+            kept = [line for told, line in _told(self._incidents) if told["step"] <= step]
+            with outputs(self._incidents) as (draft,):
+                draft.write_text("".join(kept), "utf-8")
         self._file = open(path, "a", encoding="utf-8")
         self._events = SummaryWriter(str(folder / "events"), purge_step=step + 1, write_to_disk=True)
 
@@ -78,14 +82,16 @@ class Log:
         self._events.close()
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The whole lines of a file; a killed run may have left half of one at the end."""
-    with open(path, encoding="utf-8") as file:
+def _told(path: Path) -> Iterator[tuple[dict, str]]:
+    """The whole lines of a file, and what they tell; a run that was killed may have left half of one."""
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield line
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                if line.endswith("\n") and isinstance(told, dict) and "step" in told:
+                    yield told, line
 
 
 def metrics(folder: Path) -> list[dict]:
     """What a run has measured, a dict for each step that it has logged."""
-    return [json.loads(line) for line in _lines(folder / METRICS)]
+    return [told for told, _ in _told(folder / METRICS)]

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from fvdm_jax import config, integrity, machine
 from fvdm_jax.config import Training
-from fvdm_jax.program import Refusal, flush, plain
+from fvdm_jax.program import Refusal, flush, outputs, plain
+from fvdm_jax.together import meet, most
 from fvdm_jax.training import TrainState
 
 CHECKPOINTS = "checkpoints"
@@ -73,6 +73,8 @@ class Checkpoints:
         if jax.process_index() == 0 and folder.is_dir():
             for path in (*folder.rglob("*"), folder, self._folder):
                 flush(path)
+            with outputs(folder / integrity.FILES) as (draft,):
+                draft.write_text(json.dumps(integrity.files(folder)), "utf-8")
 
     def save(self, state: TrainState, position: Position) -> None:
         """Begins to write the state under its step, if that is not there; training may go on at once.
@@ -93,54 +95,64 @@ class Checkpoints:
         stored["seal"] = _seal(stored)
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), run=ocp.args.JsonSave(stored))
         self._writing = step
-        with self._failing():
+
+        def begin() -> None:
             self._check_room(tree)
             self._manager.save(step, args=args, force=True)
+
+        self._tried(begin)
 
     def _check_room(self, tree: dict) -> None:
         needed = size(tree)
         room = shutil.disk_usage(self._folder).free
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            room = int(multihost_utils.broadcast_one_to_all(np.float32(room)))
-        if needed > room:
+        if most(int(needed > room)):
             raise OSError(f"it takes {needed / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free")
 
-    @contextlib.contextmanager
-    def _failing(self):
-        """Within it what cannot be written is told of, cleaned up, and counted."""
+    def _tried(self, work: Callable[[], None]) -> bool:
+        """Whether all processes did `work`; what cannot be written is told of, cleaned up and counted."""
+        failure = None
         try:
-            yield
-        except (OSError, ValueError, RuntimeError) as failure:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                self._manager.close()
+            work()
+        except (OSError, ValueError, RuntimeError) as wrong:
+            failure = wrong
+        if most(int(failure is not None)) == 0:
+            return True
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._manager.close()
+        if jax.process_index() == 0:
             for left in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
-            self._manager = self._managed()
-            self._failed += 1
-            last = self._manager.latest_step()
-            good = "no checkpoint is there" if last is None else f"the last good one is of step {last}"
-            what = f"the checkpoint of step {self._writing} cannot be written: {_first_line(failure)}"
-            self._writing = None
-            if self._failed == PATIENCE:
-                raise Refusal(self._folder, what, f"free some space; {good}") from failure
-            self.tell(f"warning: {what}; {good}")
+        meet("cleaned up")
+        self._manager = self._managed()
+        self._failed += 1
+        last = self._manager.latest_step()
+        good = "no checkpoint is there" if last is None else f"the last good one is of step {last}"
+        why = _first_line(failure) if failure else "another process could not"
+        what = f"the checkpoint of step {self._writing} cannot be written: {why}"
+        self._writing = None
+        if self._failed >= PATIENCE:
+            raise Refusal(self._folder, what, f"free some space; {good}") from failure
+        self.tell(f"warning: {what}; {good}")
+        return False
 
     def settle(self) -> None:
         """Returns when what was begun is committed, or has failed, which is told of."""
-        with self._failing():
-            self._manager.wait_until_finished()
-            if self._writing is not None:
-                self._flush()
-                self._failed, self._writing = 0, None
+        if self._tried(self._committed) and self._writing is not None:
+            self._failed, self._writing = 0, None
+
+    def _committed(self) -> None:
+        self._manager.wait_until_finished()
+        if self._writing is not None:
+            self._flush()
 
     def finish(self, state: TrainState, position: Position) -> None:
-        """Returns when this state is committed. Raises Refusal where it cannot be."""
-        self._failed = max(self._failed, PATIENCE - 2)
-        for _ in range(2):
+        """Returns when this state is committed. Raises Refusal where it cannot be, after a second try."""
+        self.settle()
+        self._failed = PATIENCE - 2
+        while int(state.step) not in self._manager.all_steps():
             self.save(state, position)
             self.settle()
+        self._failed = 0
 
     def newest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
@@ -188,7 +200,8 @@ class Checkpoints:
                     raise Refusal(self._folder, damaged[step], "leave --no-fallback out") from wrong
                 continue
             for bad, why in damaged.items():
-                self.tell(f"warning: {why}; it is set aside, and that of step {step} taken")
+                done = "passed over" if self._read_only else "set aside"
+                self.tell(f"warning: {why}; it is {done}, and that of step {step} taken")
                 self._set_aside(bad)
             return found
         what = f"none of its {len(damaged)} checkpoints is sound; {next(iter(damaged.values()), '')}"
@@ -198,6 +211,8 @@ class Checkpoints:
         """What is read of a step, and what is stored with it. Raises Damaged, alike on all processes."""
         import orbax.checkpoint as ocp
 
+        if changed := _attempted(lambda: integrity.changed(self._folder / str(step))):
+            raise Damaged(f"{changed[0]} is not as it was written")
         args = ocp.args.Composite(run=ocp.args.JsonRestore())
         stored = _attempted(lambda: self._manager.restore(step, args=args)["run"])
         digests = stored.get("digests")
@@ -240,10 +255,7 @@ class Checkpoints:
             names = itertools.chain([self._folder / f"{step}.corrupt"], numbered)
             name = next(name for name in names if not name.exists())
             (self._folder / str(step)).rename(name)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("set aside")
+        meet("set aside")
         self._manager.reload()
 
     def close(self) -> None:
@@ -256,20 +268,29 @@ def size(tree) -> int:
 
 
 def _attempted(work: Callable[[], dict]) -> dict:
-    """What `work` returns. Raises Damaged, on all processes if on one: of damaged files anything may come."""
-    found, wrong = None, None
+    """What `work` returns. Raises Damaged, on all processes if on one: of damaged files anything may come.
+
+    Raises Refusal where what was to be read may be sound, and cannot be read now.
+    """
+    found, wrong, bad = None, None, 0
     try:
         found = work()
     except Exception as failure:
-        wrong = failure
-    sound = wrong is None
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        sound = bool(np.all(multihost_utils.process_allgather(np.bool_(sound))))
-    if not sound:
-        raise Damaged(_first_line(wrong) if wrong else "another process cannot read it") from wrong
+        wrong, bad = failure, 2 if _passing(failure) else 1
+    bad = most(bad)
+    why = _first_line(wrong) if wrong else "another process cannot read it"
+    if bad == 2:
+        raise Refusal("checkpoint", f"cannot be read now: {why}", "try again; nothing was changed") from wrong
+    if bad:
+        raise Damaged(why) from wrong
     return found
+
+
+def _passing(failure: Exception) -> bool:
+    """Whether it tells of the machine, and not of what was to be read."""
+    if isinstance(failure, OSError):
+        return not isinstance(failure, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return isinstance(failure, MemoryError) or "RESOURCE_EXHAUSTED" in str(failure)
 
 
 def _first_line(failure: BaseException) -> str:

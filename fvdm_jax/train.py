@@ -1,6 +1,7 @@
 """Trains a transformer, or adapters for one, on encoded clips: on one CPU, one GPU, or all hosts of a pod."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from fvdm_jax.program import Refusal
 from fvdm_jax.stopping import deferred
 from fvdm_jax.train_request import Asked, parse
 
-ASK = 10
-"""Steps after which processes ask each other whether one was told to stop."""
+ASK, SLOW = 10, 1.0
+"""Steps after which processes ask each other whether one was told to stop; seconds of a step that is slow."""
 
 
 def main(argv: list[str]) -> int:
@@ -151,7 +152,7 @@ def train(run, stopped: Callable[[], int]) -> int:
     from fvdm_jax.measures import Meter, NotFinite
 
     settings, state = run.asked.settings, run.state
-    step, code, steps = int(state.step), 0, {}
+    step, code, steps, asking = int(state.step), 0, {}, Asking()
     meter = Meter(run.trainer, run.log, run.feed)
     with meter, profiled(run.asked, step) as trace, run.explained():
         run.ledger.began()
@@ -171,7 +172,7 @@ def train(run, stopped: Callable[[], int]) -> int:
                 # host.
                 meter.step(step, told, rows)
                 trace(step)
-                code = agreed(stopped(), step)
+                code = asking(stopped())
                 if not code:
                     run.look(state, step, meter)
                 if code or step == settings.steps or step % settings.save_every == 0:
@@ -184,21 +185,31 @@ def train(run, stopped: Callable[[], int]) -> int:
     return code
 
 
-def agreed(code: int, step: int) -> int:
-    """The exit code that any process was asked for, the same for all; they ask every ASK steps.
+class Asking:
+    """The exit code that any process was asked for, the same for all of them at the same step.
 
-    To ask takes the device, which has to end its step first.
+    They ask each other every ASK steps, since to ask takes the device, which has to end its step first;
+    where steps take longer than SLOW seconds, after each.
     """
-    import jax
 
-    if jax.process_count() == 1:
-        return code
-    if step % ASK:
-        return 0
-    import numpy as np
-    from jax.experimental import multihost_utils
+    def __init__(self):
+        self._every, self._asked, self._steps = ASK, time.monotonic(), 0
 
-    return int(np.max(multihost_utils.process_allgather(np.int32(code))))
+    def __call__(self, code: int) -> int:
+        """To be called after every step."""
+        import jax
+
+        if jax.process_count() == 1:
+            return code
+        self._steps += 1
+        if self._steps < self._every:
+            return 0
+        from fvdm_jax.together import most
+
+        now = time.monotonic()
+        slow = most((now - self._asked) / self._steps) > SLOW
+        self._every, self._asked, self._steps = 1 if slow else ASK, now, 0
+        return int(most(code))
 
 
 @contextlib.contextmanager

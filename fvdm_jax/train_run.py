@@ -72,13 +72,13 @@ class Run(NamedTuple):
         def due(every: int) -> bool:
             return every > 0 and (step % every == 0 or step == settings.steps)
 
-        params = self.trainer.trained(state)
         if self.held and due(settings.evaluate_every):
             with self._beside("evaluation", step, meter):
-                meter.write(step, self._errors(params))
+                meter.write(step, self._errors(self.trainer.trained(state)))
         if self.previews is not None and due(settings.sample_every):
             with self._beside("samples", step, meter):
-                for path in self.previews.write(step, self.trainer.variables(params, self.frozen)):
+                variables = self.trainer.variables(self.trainer.trained(state), self.frozen)
+                for path in self.previews.write(step, variables):
                     meter.say(f"wrote {path}")
 
     def _errors(self, params) -> dict[str, float]:
@@ -106,14 +106,17 @@ class Run(NamedTuple):
         meter.resume()
 
     def set_aside(self, state, wrong: NotFinite, meter: Meter) -> None:
-        """Keeps the state before the step that was not finite, beside the run's checkpoints."""
-        step, folder = int(state.step), self.asked.flags.out / ASIDE
-        folder.mkdir(exist_ok=True)
-        with contextlib.suppress(Refusal):
+        """Keeps the state before the step that was not finite, beside the run's checkpoints.
+
+        Where such steps are let pass, the state has gone on by the one that was under way.
+        """
+        step, folder = int(state.step), self.asked.flags.out / ASIDE / f"step_{wrong.step}"
+        with contextlib.suppress(Refusal, OSError), contextlib.ExitStack() as closing:
+            folder.mkdir(parents=True, exist_ok=True)
             apart = saving.Checkpoints(folder, self.asked.settings, tell=meter.say)
+            closing.callback(apart.close)
             apart.finish(state, Position(step, step * self.asked.settings.batch))
-            apart.close()
-            meter.say(f"the state before step {wrong.step} is in {folder}")
+            meter.say(f"the state after step {step} is in {folder}")
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

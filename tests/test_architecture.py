@@ -21,7 +21,7 @@ FLOORS = {
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
     " evaluating.table evaluating.vbench evaluating.page evaluate session serving.form serving.work"
     " serving.drawing serving.locks serving.app demo doctor",
-    6: "guidance rollout checkpoint prompts training held_out config trainer sampling integrity",
+    6: "guidance rollout checkpoint prompts training held_out config trainer sampling together integrity",
     5: "samplers",
     4: "models.dit models.clip models.vae models.streaming models.text lora costs layouts planning.roofline"
     " planning.estimates conditioning caching",

@@ -1,10 +1,12 @@
 """Faults of training, one by one: what happens is told in a line, and nothing that was learned is lost."""
 
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -74,6 +76,31 @@ def whole(config, tmp_path_factory):
     return out, time.monotonic() - began
 
 
+def kind() -> dict[str, str]:
+    """What the last bit of a loss may depend on: versions, and what the processor can do."""
+    told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    flags = re.search(r"^flags\s*: (.*)$", told, re.MULTILINE)
+    digest = hashlib.sha256(" ".join(sorted(flags[1].split())).encode()).hexdigest() if flags else ""
+    return {name: version(name) for name in ("jax", "jaxlib", "numpy", "flax", "optax")} | {
+        "cpu": digest[:16]
+    }
+
+
+def losses(config: Path, out: Path) -> list[float]:
+    flags = "--steps", "100", "--save-every", "100", "--evaluate-every", "0"
+    assert train(config, out, *flags) == 0
+    return [line["loss"] for line in runs.metrics(out)]
+
+
+def test_a_hundred_losses_are_those_of_the_golden_run(config, tmp_path):
+    """To the bit on the same versions and processor (`golden/losses.json` says which), else within 1e-5."""
+    golden = json.loads((ROOT / "tests/golden/losses.json").read_text())
+    found = losses(config, tmp_path / "run")
+    assert len(found) == 100 and found == pytest.approx(golden["losses"], rel=1e-5)
+    if golden["made_on"] == kind():
+        assert found == golden["losses"]
+
+
 def changed(monkeypatch, at: int, change) -> None:
     """Batch `at` has latents that `change` has been done to."""
     plain = trainer.Trainer.batch
@@ -109,10 +136,10 @@ def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, 
     ) as no:
         train(config, out)
     assert "--skip such steps; the last checkpoint is sound" in str(no.value)
-    assert f"the state before step 14 is in {out / train_run.ASIDE}" in capfd.readouterr().err.replace(
+    assert f"the state after step 13 is in {out / train_run.ASIDE}" in capfd.readouterr().err.replace(
         "\n", ""
     )
-    aside, position = ended(config, out / train_run.ASIDE)
+    aside, position = ended(config, out / train_run.ASIDE / "step_14")
     assert position.batch == 13 and aside["step"] == 13
     assert incidents(out)[0]["kind"] == "not finite" and len(incidents(out)[0]["clips"]) == 8
     # From there, with the sample mended, the run ends as if nothing had been.

@@ -92,6 +92,8 @@ def test_an_owner_on_another_host_is_judged_by_its_count(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path, dead):
     processes = [begin(tmp_path, number, 2) for number in range(2)]
+    # Who has never been seen to count is waited for.
+    time.sleep(1)
     processes[dead].kill()
     processes[dead].communicate()
     code, said = ended(processes[1 - dead])

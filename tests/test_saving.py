@@ -1,5 +1,6 @@
 """Checkpoints: what was damaged is never gone on from, what cannot be written costs nothing but itself."""
 
+import gc
 import json
 import re
 import resource
@@ -150,13 +151,24 @@ def test_damage_is_found_before_training_and_the_step_before_is_taken(run, tmp_p
     }
     with capsys.disabled():
         for kind, lines in said.items():
-            print(f"\n{kind}: {sum(map(bool, lines))} found of {len(lines)}, others without effect", end="")
-    # What holds no array, such as a time of day, may change without harm.
-    assert all(sum(map(bool, lines)) >= len(lines) / 2 for lines in said.values())
+            print(f"\n{kind}: {sum(map(bool, lines))} found of {len(lines)}", end="")
+    # Threads of Orbax's that nobody waits for end here, and not in another test.
+    gc.collect()
+    assert all(all(lines) for lines in said.values())
     every = [line for lines in said.values() for line in lines if line]
     told = "the checkpoint of step 2 is damaged: .*; it is set aside, and that of step 1 taken"
     assert all(re.search(told, line) for line in every)
-    assert any(re.search("(params|optimizer/m)/(wide|tall) is not what was saved", line) for line in every)
+
+
+def test_a_flipped_bit_of_an_array_is_known_by_its_digest(run):
+    """Also where no hash of a file tells of it, as of large ones."""
+    data = largest(run.steps / "2")
+    content = bytearray(data.read_bytes())
+    content[5000] ^= 4
+    data.write_bytes(content)
+    (run.steps / "2" / integrity.FILES).unlink()
+    assert run.open().restore(shapes_of(state(1)))[1].batch == 1
+    assert re.search("damaged: (params|optimizer/m)/(wide|tall) is not what was saved", run.told[0])
 
 
 def largest(folder: Path) -> Path:
@@ -173,6 +185,7 @@ def test_a_damaged_one_may_be_refused(run):
 
 
 def test_a_changed_position_is_found(run):
+    (run.steps / "2" / integrity.FILES).unlink()
     path = run.steps / "2" / "run" / "metadata"
     path.write_text(path.read_text().replace('"batch": 2', '"batch": 3'))
     assert run.open().restore(shapes_of(state(1)))[1].batch == 1
@@ -263,9 +276,10 @@ def test_a_checkpoint_is_on_the_disk_before_the_next_is_begun(run, monkeypatch):
     checkpoints = run.open()
     for step in (3, 4):
         checkpoints.save(state(step), Position(step, 8 * step))
-    assert {*(run.steps / "3").rglob("*"), run.steps / "3", run.steps} == set(flushed)
+    written = {*(run.steps / "3").rglob("*"), run.steps / "3", run.steps}
+    assert written - {run.steps / "3" / integrity.FILES} == set(flushed)
     checkpoints.settle()
-    assert set((run.steps / "4").rglob("*")) < set(flushed)
+    assert set((run.steps / "4").rglob("*")) - {run.steps / "4" / integrity.FILES} < set(flushed)
 
 
 def test_a_digest_knows_the_place_of_what_it_sums():
