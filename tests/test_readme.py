@@ -24,7 +24,7 @@ EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MU
 # Programs of others, whose flags nobody here can check.
 OTHERS = set(
     "cd git gcloud xpk docker kubectl gcsfuse mkdir tail tensorboard"
-    " pip .venv/bin/pip uv python3 . srun alias".split()
+    " pip .venv/bin/pip uv python3 . srun alias scontrol [ code=$?".split()
 )
 
 
