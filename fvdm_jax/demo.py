@@ -72,6 +72,9 @@ def main(argv: list[str]) -> None:
     """Makes the page that `argv` asks for."""
     given, request = parse(argv)
     if given.serve:
+        from fvdm_jax.serving.locks import hush
+
+        hush()
         from fvdm_jax.serving.app import serve
 
         named = "" if given.model == TINY else str(given.model)

@@ -53,9 +53,12 @@ class Page:
                 if isinstance(event, Progress):
                     yield self._progress(event, request)
                 else:
-                    yield self._finished(event, asked, name), *self._results(event, asked, name), command
+                    yield self._finished(event, name), *self._results(event, asked, name), command
         except Refusal as refusal:
             yield drawing.refused(str(refusal)), *[gr.skip()] * 4
+        except Exception:
+            yield drawing.refused("error: this page: it failed; the terminal says how"), *[gr.skip()] * 4
+            raise
         finally:
             name.unlink(missing_ok=True)
 
@@ -67,7 +70,7 @@ class Page:
         told = f"step {event.done} of {event.total}" if event.done else "getting ready"
         return f"<p>{told}</p>", picture, *[gr.skip()] * 3
 
-    def _finished(self, event: Video, asked: form.Form, name: Path) -> str:
+    def _finished(self, event: Video, name: Path) -> str:
         event.save(name)
         told = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in event.seconds.items())
         return f"<p>done: {told}</p>"

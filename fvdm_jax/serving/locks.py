@@ -22,25 +22,30 @@ class Rooms(NamedTuple):
     made: Path
 
 
+def hush() -> None:
+    """Nothing is told to anybody, or asked of them; before gradio is imported, which reads it then."""
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
 @contextlib.contextmanager
 def rooms() -> Iterator[Rooms]:
     """The process stands in an empty folder of its own, and gradio keeps to folders beside it; then all goes.
 
     Of the environment nothing tells gradio to share, to listen elsewhere or to serve further folders.
     """
-    before, mask = Path.cwd(), os.umask(0o077)
+    before, mask, around = Path.cwd(), os.umask(0o077), dict(os.environ)
     home = Path(os.path.realpath(tempfile.mkdtemp(prefix="fvdm-serve-")))
     empty, uploads, made = (home / name for name in ("empty", "uploads", "made"))
     for folder in (empty, uploads, made):
         folder.mkdir()
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    os.environ |= {
-        "GRADIO_TEMP_DIR": str(uploads),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    hush()
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     # What a function returns may lie in the system's folder of temporary files, so that is ours too.
     tempfile.tempdir = str(made)
     os.chdir(empty)
@@ -48,6 +53,8 @@ def rooms() -> Iterator[Rooms]:
         yield Rooms(uploads, made)
     finally:
         os.chdir(before)
+        os.environ.clear()
+        os.environ |= around
         tempfile.tempdir = None
         os.umask(mask)
         shutil.rmtree(home, ignore_errors=True)

@@ -60,7 +60,8 @@ class Work:
 
         def work() -> None:
             try:
-                events.put(self._session.make(request, look))
+                if not left.is_set():
+                    events.put(self._session.make(request, look))
             except Exception as failure:
                 events.put(failure)
 
