@@ -286,6 +286,29 @@ MAGIC = (
     b"moov", b"stsz", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"elst",
     b"II*\0", b"GIF89a",
 )  # fmt: skip
+NOISE = (1, 2, 2, 2, 3)
+
+
+def noises(folder: Path) -> list[bytes]:
+    """Noise in our order and in Wan's, of three types."""
+    rng, found = np.random.default_rng(0), []
+    for dtype in (np.float16, np.float32, np.float64):
+        array = rng.standard_normal(NOISE).astype(dtype)
+        for one in (array, array[0].transpose(3, 0, 1, 2)):
+            np.save(folder / "noise.npy", one)
+            found.append((folder / "noise.npy").read_bytes())
+    return found
+
+
+def check_noise(path: Path, case: bytes) -> None:
+    """What is taken is finite numbers of the shape that was asked for."""
+    from fvdm_jax.latents import noise
+
+    put(path, case)
+    found = noise(path, NOISE)
+    assert found.shape == NOISE and found.dtype == np.float32 and np.isfinite(found).all()
+
+
 TARGETS = {
     "safetensors": Target(safetensors_files, check_safetensors, HEADER),
     "torch": Target(torch_files, check_torch),
@@ -294,4 +317,5 @@ TARGETS = {
     "image": Target(pictures, check_picture, MAGIC),
     "video": Target(clips, check_clip, MAGIC),
     "keep": Target(keeps, check_keep, KEEP),
+    "noise": Target(noises, check_noise, (b"'descr': '<f4'", b"'shape': (", b"(" * 99, b"-" * 999, b"|O")),
 }
