@@ -4,6 +4,7 @@ Every program runs with a hook that notes what Python does (sys.addaudithook) an
 in a namespace that has no network at all, in which code that is not Python's finds none either.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -25,6 +26,8 @@ MODULES = sorted(
     for folder in ("fvdm_jax", "convert")
     for path in (ROOT / folder).rglob("*.py")
     if not path.stem.startswith("__")
+    # The served page is imported with gradio at hand, an extra's.
+    and (path.parent.name != "serving" or importlib.util.find_spec("gradio"))
 )
 HOOK = """\
 import os, socket, sys
