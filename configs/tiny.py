@@ -68,7 +68,7 @@ KL = 3e-5
 SAMPLING = {
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background", "negative": "",
     "frames": FRAMES, "size": [SIDE, SIDE], "fps": 12,
-    "process": "flow", "solver": "unipc", "steps": 30, "spacing": "wan", "shift": 3.0, "guidance": 3.0,
+    "process": "flow", "solver": "unipc", "steps": 30, "spacing": "wan", "shift": 3.0, "guidance": 1.5,
 }  # fmt: skip
 
 

