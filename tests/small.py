@@ -46,3 +46,10 @@ def save(folder: Path) -> None:
     """Writes the model to a folder."""
     params = {name: drawn(checkpoint.KINDS[name][1](getattr(NETWORKS, name))) for name in NETWORKS.there}
     checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})
+
+
+def train(config: Path, out: Path, *more: str) -> int:
+    """The exit code of a training run on noise."""
+    from fvdm_jax.train import main
+
+    return main([str(config), "--out", str(out), "--synthetic", *more])

@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small import train
 
 from fvdm_jax import goodput, measures, runs, saving, train_run, trainer
 from fvdm_jax.config import MUST_MATCH
 from fvdm_jax.program import Refusal
-from fvdm_jax.train import main, parse, sizes
+from fvdm_jax.train import parse, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -41,10 +42,6 @@ def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "config.py"
     path.write_text(CONFIG)
     return path
-
-
-def train(config: Path, out: Path, *more: str) -> int:
-    return main([str(config), "--out", str(out), "--synthetic", *more])
 
 
 def ended(config: Path, out: Path, *more: str):

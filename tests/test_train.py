@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small import train
 
 from fvdm_jax import runs, saving, trainer
 from fvdm_jax.program import Refusal
@@ -63,10 +64,6 @@ def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "config.py"
     path.write_text(CONFIG)
     return path
-
-
-def train(config: Path, out: Path, *more: str) -> int:
-    return main([str(config), "--out", str(out), "--synthetic", *more])
 
 
 def elsewhere(config: Path, out: Path, *more: str, devices: int = 8, **environment: str) -> subprocess.Popen:
