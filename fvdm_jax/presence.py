@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fvdm_jax.program import Refusal, alive, plain
@@ -47,10 +48,7 @@ class Presence:
         self._folder.mkdir(parents=True, exist_ok=True)
         owner = self._folder / OWNER
         if not takeover and (held := _read(owner)) and self._lives(held):
-            what = f"is in use by process {held['process']} on {held['host']}, since {held['since']}"
-            raise Refusal(
-                "--out", f"{self._folder} {what}", "give another one, or --takeover to end that run"
-            )
+            raise _in_use(self._folder, held)
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         told = {"token": self._token, "host": socket.gethostname(), "process": os.getpid(), "since": since}
         with contextlib.suppress(FileNotFoundError):
@@ -87,7 +85,7 @@ class Presence:
 
     def _lives(self, held: dict) -> bool:
         if held["host"] == socket.gethostname():
-            return alive(held["process"]) and _born(held["process"]) == held["born"]
+            return _here(held)
         beats = self._folder / BEATS / "0"
         first, until = _content(beats), time.monotonic() + STRANGE
         while time.monotonic() < until:
@@ -123,6 +121,26 @@ class Presence:
         held = _read(self._folder / OWNER)
         if held and held["token"] != self._token:
             _end(f"error: --out: {self._folder} was taken over by process {held['process']}", 2)
+
+
+def glance(argv: Sequence[str]) -> None:
+    """Raises Refusal where a command line's --out is in use on this host: at once, before jax is there."""
+    if {"--takeover", "--plan", "--export", "--host"} & set(argv):
+        return
+    for folder in (Path(argv[i + 1]) for i, word in enumerate(argv[:-1]) if word == "--out"):
+        held = _read(folder / OWNER)
+        if held and held["host"] == socket.gethostname() and _here(held):
+            raise _in_use(folder, held)
+
+
+def _here(held: dict) -> bool:
+    """Whether an owner on this host is still there."""
+    return alive(held["process"]) and _born(held["process"]) == held["born"]
+
+
+def _in_use(folder: Path, held: dict) -> Refusal:
+    what = f"is in use by process {held['process']} on {held['host']}, since {held['since']}"
+    return Refusal("--out", f"{folder} {what}", "give another one, or --takeover to end that run")
 
 
 def _end(line: str, code: int) -> None:

@@ -16,6 +16,7 @@ ASK, SLOW = 10, 1.0
 
 def main(argv: list[str]) -> int:
     """Trains what `argv` asks for. Returns 130 or 143 where it was stopped."""
+    presence.glance(argv)
     asked = parse(argv)
     join(asked.flags)
     from fvdm_jax import machine, trainer
