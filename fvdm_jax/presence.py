@@ -63,7 +63,8 @@ class Presence:
         except OSError:
             # Mounted buckets have no links.
             os.replace(draft, owner)
-        draft.unlink(missing_ok=True)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def join(self) -> None:
         """Begins to be seen, and to look after the others."""

@@ -12,9 +12,11 @@ import numpy as np
 from fvdm_jax import presence, previews, programs, runs, saving
 from fvdm_jax.data.feed import gathered
 from fvdm_jax.goodput import Ledger
+from fvdm_jax.integrity import path_name
 from fvdm_jax.measures import Meter, NotFinite
 from fvdm_jax.program import Refusal, plain
 from fvdm_jax.saving import PATIENCE, Position
+from fvdm_jax.trainer import bytes_of
 from fvdm_jax.training import Batch
 
 ASIDE = "aside"
@@ -133,13 +135,8 @@ class Run(NamedTuple):
 
 
 def _too_much(trainer, failure: Exception) -> tuple[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path((trainer.state._replace(key=0), trainer.frozen))
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype.itemsize
-        * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-        for path, leaf in leaves
-        if hasattr(leaf, "sharding")
-    }
+    leaves = jax.tree_util.tree_leaves_with_path((trainer.state, trainer.frozen))
+    sizes = {path_name(path): bytes_of(leaf) for path, leaf in leaves}
     largest = sorted(sizes, key=sizes.get, reverse=True)[:3]
     told = ", ".join(f"{name[2:]} {sizes[name] / 2**20:,.0f} MiB" for name in largest)
     what = f"has not the memory for a step ({plain(str(failure).splitlines()[0], 200)}); largest: {told}"

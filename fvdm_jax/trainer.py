@@ -323,9 +323,9 @@ def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     still = sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
     leaves = jax.tree.leaves((trainer.state, trainer.frozen))
-    away = sum(map(_bytes, filter(_is_away, leaves)))
-    held = sum(map(_bytes, leaves)) - away
-    gradients = sum(_bytes(leaf) for leaf in jax.tree.leaves(trainer.state.params))
+    away = sum(map(bytes_of, filter(_is_away, leaves)))
+    held = sum(map(bytes_of, leaves)) - away
+    gradients = sum(bytes_of(leaf) for leaf in jax.tree.leaves(trainer.state.params))
     flops = costs.training(trainer.network, clip, text, trained if settings.rank else 0) * settings.batch
     shape = ", ".join(f"{name} {size}" for name, size in trainer.over.shape.items())
     return [
@@ -339,7 +339,7 @@ def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
     ]
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def bytes_of(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array on one device."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8
