@@ -31,6 +31,7 @@ def measure(model, tmp_path, monkeypatch, capfd):
     return start
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("what", "operations"),
     [

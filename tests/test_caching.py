@@ -117,6 +117,7 @@ def test_without_it_the_program_of_a_step_has_no_choice():
     assert "cond[" in str(jax.make_jaxpr(generation.cached)(*inputs, (*carry, x), rows, jnp.array(True)))
 
 
+@pytest.mark.thorough
 def test_in_windows_and_for_two_experts(here, experts, capfd):  # noqa: F811
     """Where every step is a call, all is as without; else each expert begins by a call in every window."""
     flags = ["--model", str(experts), *LONG, "--steps", "8", "--schedule", "ad:lag=2"]
@@ -186,6 +187,7 @@ def tiny():
     return made
 
 
+@pytest.mark.thorough
 def test_on_the_bundled_model_the_more_it_is_spared_the_further_off_it_is(tiny):
     full, _ = tiny(20, None)
     assert np.array_equal(tiny(20, 0.0)[0], full)

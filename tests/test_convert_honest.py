@@ -162,6 +162,7 @@ def test_odd_shapes_and_layers_without_end_are_refused(tmp_path, kind, key):
         convert(put(tmp_path / "lora", lora, None), tmp_path / "out")
 
 
+@pytest.mark.thorough
 def test_parts_of_two_models_are_told_of_and_not_sampled(tmp_path, capsys):
     paths = [put(tmp_path / name, weights(name)) for name in ("dit_t2v", "umt5", "vae22")]
     convert(*paths, tmp_path / "out")

@@ -109,6 +109,7 @@ def wide() -> dict[str, np.ndarray]:
     return {f"blocks.{i}.ffn.{k}": np.zeros(s, np.float32) for i in range(2) for k, s in zeros.items()}
 
 
+@pytest.mark.thorough
 def test_the_sampler_runs_with_adapters(tmp_path):
     """Of the bundled model: at strength 0 as without, at others not; an unknown folder is refused early."""
     from fvdm_jax.commands import parse

@@ -267,6 +267,7 @@ for trial in range(trials):
 """
 
 
+@pytest.mark.thorough
 def test_it_survives_being_killed_at_any_moment(tmp_path):
     """Twenty times, of a parent that has imported everything, so that the moments are moments of the work:
     never is there a folder under a final name that is not whole, and the next run clears what was left."""

@@ -121,6 +121,7 @@ def long_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_run_leaves_scores_and_a_picture(long_model, tmp_path, capfd):
     out = tmp_path / "found"
     argv = ["--model", long_model, "--clips", "2", "--batch", "2", "--steps", "2", "--out", out]

@@ -53,6 +53,7 @@ def test_a_file_of_prompts_is_as_each_alone_and_compiles_once(here, model, monke
 LONG = ["--length", "5", "--overlap", "1", "--anchors", "1", "--keep", "0=a.png"]
 
 
+@pytest.mark.thorough
 def test_a_long_video_goes_on_where_it_was_stopped(here, model, monkeypatch, capfd):
     """5 seconds at 8 a second are 11 latent frames: a window of 3, and 8 more of 1 new frame each."""
     Path("told.txt").write_text("a red circle\na square\n")

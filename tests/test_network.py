@@ -148,6 +148,7 @@ def test_every_program_is_among_them():
     assert named == set(PROGRAMS)
 
 
+@pytest.mark.thorough
 def test_programs_run_without_a_network(watched, tmp_path, model):
     before = without_network()
     source = put(tmp_path / "source", weights("dit_t2v"))

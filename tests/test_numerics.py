@@ -144,6 +144,7 @@ def deep() -> tuple:
     return config, small.drawn(dit.abstract(config))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("which", ["bundled", "deep"])
 def test_bfloat16_drifts_no_faster_than_the_root_of_the_depth(which):
     config, params = (bundled()[0].dit, bundled()[1]["dit"]) if which == "bundled" else deep()

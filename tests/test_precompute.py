@@ -119,6 +119,7 @@ def test_records_are_of_the_type_asked_for(encode, model, dtype):
     compare(record.states, states(model, "it moves")[:9], dtype)
 
 
+@pytest.mark.thorough
 def test_a_batch_is_filled_and_shared_by_devices(encode):
     """Three clips in batches of one, two and eight, of which the last lies on all devices."""
     for seed in range(3):
@@ -162,6 +163,7 @@ def test_a_second_run_has_nothing_to_do_and_a_third_only_what_is_new(encode):
     assert "enc holds 4" in encode("clips", "--out", "enc")[1]
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_killed_goes_on(encode, model):
     """kill -9 amid: the next run encodes only what is missing, and the result is that of one run."""
     for index in range(60):
@@ -236,6 +238,7 @@ def test_a_file_that_is_found_damaged_late_stops_the_run_or_is_named(encode):
     assert list(records()) == ["a.mp4", "c.mp4"]
 
 
+@pytest.mark.thorough
 def test_processes_share_the_files(encode):
     for seed in range(5):
         clip(f"{seed}.mp4", seed=seed)

@@ -75,6 +75,7 @@ def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
     assert np.array_equal(made[0], made[1]) and not np.array_equal(made[0], made[2])
 
 
+@pytest.mark.thorough
 def test_noise_may_be_a_files_ours_or_as_wan_has_it(sample, model):
     shape = (1, 3, 4, 6, 4)
     noise = np.asarray(jax.random.normal(key(1), shape))
@@ -151,6 +152,7 @@ def test_what_is_kept_is_in_the_video(sample, model):
     assert record["strength"] == [0.0, 1.0, 0.4] and record["seconds"]["encode"] > 0
 
 
+@pytest.mark.thorough
 def test_a_video_kept_whole_is_its_reconstruction(sample, model):
     noise = np.random.default_rng(1).integers(0, 255, (13, 32, 48, 3), dtype=np.uint8)
     video.write_mp4(Path("in.mp4"), noise, 8)
@@ -211,6 +213,7 @@ def test_tiles_are_announced(sample, monkeypatch):
     assert 0 < np.abs(one - two).mean() < 40
 
 
+@pytest.mark.thorough
 def test_little_memory_brings_tiles(sample, monkeypatch):
     # Room for one of the smaller tiles: what a whole frame needs is more.
     monkeypatch.setattr("fvdm_jax.projector.machine.free", lambda device: 1.0)

@@ -73,6 +73,7 @@ def plain() -> tuple:
     return trained(PLAIN, 3)
 
 
+@pytest.mark.thorough
 def test_masters_of_half_the_size_learn_the_same(plain):
     """In bfloat16, of 8 bits, a rate that is lost in rounding would show as a loss that stays."""
     state, losses = trained(dataclasses.replace(PLAIN, masters="bfloat16"), 3)
@@ -83,6 +84,7 @@ def test_masters_of_half_the_size_learn_the_same(plain):
         dataclasses.replace(PLAIN, masters="bfloat16", average=0.9)
 
 
+@pytest.mark.thorough
 def test_what_waits_in_the_hosts_memory_is_the_same(plain):
     away = dataclasses.replace(PLAIN, offload=True)
     kept = trainer.build(dataclasses.replace(away, average=0.9), PLAIN.dit, jax.devices()[:1])
@@ -96,6 +98,7 @@ def test_what_waits_in_the_hosts_memory_is_the_same(plain):
     assert losses == plain[1] and far(state.params, plain[0].params) == 0
 
 
+@pytest.mark.thorough
 def test_clips_of_two_sizes_are_trained_on(monkeypatch, tmp_path):
     """Each has a program of its own; the second is compiled when it first comes."""
     config = tmp_path / "config.py"

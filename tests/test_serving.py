@@ -135,6 +135,7 @@ def test_a_preset_fills_the_form():
     )
 
 
+@pytest.mark.thorough
 def test_the_work_is_shown_and_ended(session, here):
     request = filled(steps=10).request(session.complete, here)
     makes = work.Work(session)

@@ -57,6 +57,7 @@ def test_pieces_may_be_longer_than_a_latent_frame(params, latents, whole):
     assert_near(np.concatenate([first, rest], axis=1), whole)
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_clip(params):
     """By the compiler's account of everything but the clip itself."""
 

@@ -81,6 +81,7 @@ def test_an_expert_makes_room_for_the_other(here, experts, monkeypatch):
     assert gone == [True] and not studio._held
 
 
+@pytest.mark.thorough
 def test_each_expert_has_its_own_guidance_and_loras(here, experts):
     params = load_tree(experts / "dit_high.safetensors")
     config = checkpoint.network(experts, "dit_high")
@@ -175,6 +176,7 @@ def pictured(request, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_wans_own_networks_take_pictures(here, pictured):
     keeps = ["--keep", "0=a.png"]
     told = json.loads((pictured / "config.json").read_text())
@@ -195,6 +197,7 @@ def test_wans_own_networks_take_pictures(here, pictured):
     assert np.isfinite(one).all() and np.abs(one - other).max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_an_image_that_stands_still_is_four_pictures(here, model):
     """Kept after frame 0, it is what the VAE makes of a clip that does not move."""
     still = made(model, "--keep", "2=a.png", "--still")[:, 2]

@@ -131,6 +131,7 @@ def test_a_kept_image_begins_the_video_bit_for_bit(generate, model, world):
     assert np.median(corners) < 0.15
 
 
+@pytest.mark.thorough
 def test_it_says_the_same_in_bfloat16(model):
     """Relative L2 of the velocity; Wan's own bfloat16 is 3e-3 to 6e-3 away on the networks of the goldens."""
     networks, params = model

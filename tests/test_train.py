@@ -140,6 +140,7 @@ def test_a_run_goes_on_over_another_mesh(whole, killed, config, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", ["data=8", "context=4,tensor=2"])
 def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
     """Also where a clip lies across both, which then have the same rows to give."""
@@ -172,12 +173,14 @@ def test_a_signal_saves_and_ends(whole, config, tmp_path, number, code):
         assert lines == whole[1]
 
 
+@pytest.mark.thorough
 def test_what_is_not_finite_stops_the_run(config, tmp_path):
     with pytest.raises(Refusal, match=r"step 2: loss nan, .*noise 0, noise 1") as refused:
         train(config, tmp_path / "run", "--rate", "1e37", "--steps", "9")
     assert "last checkpoint" in refused.value.right
 
 
+@pytest.mark.thorough
 def test_a_run_that_began_otherwise_is_not_gone_on_with(config, tmp_path):
     assert train(config, tmp_path / "run", "--steps", "1", "--evaluate-every", "0") == 0
     for flag, value in (("--seed", "1"), ("--batch", "16"), ("--average", "0.5"), ("--rank", "2")):

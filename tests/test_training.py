@@ -120,6 +120,7 @@ def test_captions_are_dropped_by_clip():
     assert abs(dropped.mean() - 0.25) < 0.087
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rank", [pytest.param(2, marks=SLOW), 5])
 def test_adapters_train_as_by_hand(rank):
     """Twenty steps against thirty lines: adapters added to the weights, AdamW as in its paper."""
@@ -183,6 +184,7 @@ def test_what_is_computed_again_changes_nothing(plain, remat):
     np.testing.assert_allclose(losses, plain[1], rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("parts", [4])
 def test_parts_of_a_batch_add_up_to_the_whole(plain, parts):
     state, losses = trained(dataclasses.replace(PLAIN, parts=parts), 10)
@@ -214,6 +216,7 @@ def test_a_mesh_changes_nothing_but_where_things_lie(plain, mesh):
         assert moments[0].addressable_shards[0].data.size == kernel.size // 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_is_compiled_once(name):
     """A state that came back laid out otherwise would have the second step compiled anew."""
@@ -232,6 +235,7 @@ def test_a_step_is_compiled_once(name):
     assert counted > 0 and len(compiled) == counted
 
 
+@pytest.mark.thorough
 def test_adapters_over_a_mesh_train_as_on_one_device():
     settings = dataclasses.replace(PLAIN, rank=4, average=0.9)
     one, losses = trained(settings, 10)
@@ -240,6 +244,7 @@ def test_adapters_over_a_mesh_train_as_on_one_device():
     np.testing.assert_allclose(losses, others, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_small_updates_of_large_weights_are_not_lost():
     """In bfloat16 weights of 0.02 do not feel a rate of 1e-5; float32 masters do."""
     settings = dataclasses.replace(PLAIN, dtype="bfloat16", optimizer=Optimiser(rate=1e-5))

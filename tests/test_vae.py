@@ -95,6 +95,7 @@ def test_the_first_frame_is_an_image(golden):
     np.testing.assert_allclose(golden.encode(clip)[:, :1], golden.encode(clip[:, :1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_near(golden):
     """Relative L2 of latents and pixels; Wan's own networks in bfloat16 are about 1e-2 from float32."""
     for method, key in (("encode", "in/video_T9"), ("decode", "out/mu_norm_T9")):
