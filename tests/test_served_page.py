@@ -6,6 +6,7 @@ Chromium is Debian's package, or any that FVDM_CHROMIUM names. FVDM_SHOTS names 
 page, to be looked at.
 """
 
+import base64
 import http.client
 import json
 import os
@@ -115,6 +116,26 @@ def test_a_picture_is_dropped_and_a_video_made(page, cat, tmp_path, monkeypatch)
     request = parse([*command[3:], "--explain"])
     assert request.prompt == "a red circle; $(rm) moves up" and request.steps == 10
     assert [keep.path.name for keep in request.keeps] == ["my cat.png"]
+
+
+def test_pictures_are_dropped_on_frames_of_the_strip(page, cat):
+    """Each goes into a free slot, kept at the frame that it fell on; beside the strip nothing is taken."""
+    drop = """async ([where, name, data]) => {
+      const one = new DataTransfer(), bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+      one.items.add(new File([bytes], name, { type: 'image/png' }));
+      const told = new DragEvent('drop', { bubbles: true, dataTransfer: one });
+      document.querySelector(where).dispatchEvent(told);
+    }"""
+    data = base64.b64encode(cat.read_bytes()).decode()
+    for kept, frame in enumerate((3, 6), 1):
+        page.evaluate(drop, [f"#strip .strip div:nth-child({frame + 1})", f"cat {frame}.png", data])
+        page.wait_for_function(f"document.querySelectorAll('#strip .strip .kept').length == {kept}")
+        assert "kept" in page.get_attribute(f"#strip .strip div:nth-child({frame + 1})", "class")
+    page.evaluate(drop, ["#status", "beside.png", data])
+    command = shlex.split(page.input_value("#command textarea").replace("\\\n", ""))
+    shot(page, "dropped")
+    kept = [word for word in command if word.startswith("--keep")]
+    assert kept == ["--keep=3=cat 3.png:0", "--keep=6=cat 6.png:0"]
 
 
 def test_what_is_no_picture_is_refused_in_one_line(page, tmp_path):

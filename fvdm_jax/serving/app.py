@@ -86,12 +86,14 @@ def blocks(session: Session, page: Page) -> gr.Blocks:
     with gr.Blocks(title="fvdm_jax", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
             "# Every frame has its own noise level\n"
-            "Drop pictures or clips below: they are kept where you say, and a video is made around them."
+            "Drop pictures or clips on a frame of the strip, or into a slot: they are kept, and a video "
+            "is made around them."
         )
         with gr.Row():
             with gr.Column(scale=3):
-                words, slots = _words(own), _slots(own)
+                words = _words(own)
                 drawn = gr.HTML(elem_id="strip")
+                slots = _slots(own)
                 go, stop = _buttons()
             with gr.Column(scale=2):
                 status = gr.HTML("<p>nothing made yet</p>", elem_id="status")
@@ -157,7 +159,7 @@ def _slots(own: dict) -> list:
                         elem_classes="slot",
                     )
                 )
-                made.append(gr.Slider(0, last, frame, step=1, label="at frame", buttons=[]))
+                made.append(gr.Slider(0, last, frame, step=1, label="at frame", buttons=[], elem_id=f"at{i}"))
                 made.append(gr.Slider(0, 1, 0, step=0.05, label="loosened", buttons=[]))
     return made
 
@@ -204,5 +206,5 @@ def _launch(app: gr.Blocks, port: int, show: bool) -> None:
         server_name=locks.HOST, server_port=port, share=False, inbrowser=show, quiet=True, show_error=False,
         max_file_size=UPLOAD, allowed_paths=[], ssr_mode=False, mcp_server=False, prevent_thread_lock=True,
         footer_links=[], enable_monitoring=False, strict_cors=True, theme=gr.themes.Base(**fonts),
-        css=drawing.STYLE, app_kwargs={"middleware": [hosts]},
+        css=drawing.STYLE, js=drawing.DROPPING, app_kwargs={"middleware": [hosts]},
     )  # fmt: skip

@@ -16,8 +16,38 @@ STYLE = """
 .levels img { width: 100%; height: 7rem; image-rendering: pixelated; border-radius: 3px }
 #command textarea { font: .8rem/1.5 ui-monospace, monospace; overflow-x: auto; white-space: pre }
 .slot .wrap { font-size: .8rem; line-height: 1.4 } .slot .download { display: none }
-footer { display: none !important }
+.strip .aimed { outline: 2px solid #f5b242 } footer { display: none !important }
 """
+
+DROPPING = """
+() => {
+  const aimed = event => event.target.closest ? event.target.closest('#strip .strip div') : null;
+  const mark = cell => document.querySelectorAll('#strip .strip div').forEach(
+    each => each.classList.toggle('aimed', each === cell));
+  const say = (input, value) => {
+    input.value = value;
+    for (const kind of ['input', 'change', 'blur']) input.dispatchEvent(new Event(kind, { bubbles: true }));
+  };
+  document.addEventListener('dragover', event => {
+    mark(aimed(event));
+    if (aimed(event)) event.preventDefault();
+  });
+  document.addEventListener('drop', event => {
+    const cell = aimed(event), files = event.dataTransfer.files;
+    mark(null);
+    if (!cell || !files.length) return;
+    event.preventDefault();
+    const inputs = [...document.querySelectorAll('.slot input[type=file]')];
+    if (!inputs.length) return alert('Every slot has a file: take one out first.');
+    const slot = inputs[0].closest('.slot').id.slice(-1), one = new DataTransfer();
+    say(document.querySelector(`#at${slot} input[type=number]`), cell.textContent);
+    one.items.add(files[0]);
+    inputs[0].files = one.files;
+    inputs[0].dispatchEvent(new Event('change', { bubbles: true }));
+  });
+}
+"""
+"""A file that is dropped on a frame of the strip goes into the first free slot, kept at that frame."""
 
 
 def refused(line: str) -> str:
