@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 
 def described(asked, device):
-    """The Case that the flags describe. Raises Refusal where there is no such thing."""
+    """The Subject that the flags describe. Raises Refusal where there is no such thing."""
     from fvdm_jax.measuring import workloads
     from fvdm_jax.models.dit import PATCH
     from fvdm_jax.models.layers import REMAT
@@ -113,7 +113,7 @@ def described(asked, device):
         vae=dataclasses.replace(nets.vae, **typed),
         text=dataclasses.replace(nets.text, **changes, **typed),
     )
-    case = workloads.Case(nets, clip, asked.text, asked.batch, asked.attention, asked.remat)
+    case = workloads.Subject(nets, clip, asked.text, asked.batch, asked.attention, asked.remat)
     checked_attention(case)
     return case
 

@@ -15,7 +15,7 @@ from fvdm_jax.planning import hlo
 from fvdm_jax.program import run
 
 SIZES = ("--clip", "2x4x8", "--text", "24", "--turns", "2")
-CASE = workloads.Case(small.NETWORKS, (2, 4, 8), 24)
+CASE = workloads.Subject(small.NETWORKS, (2, 4, 8), 24)
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def test_a_preset_fills_the_form():
 @pytest.mark.thorough
 def test_the_work_is_shown_and_ended(session, here):
     request = filled(steps=10).request(session.complete, here)
-    makes = work.Work(session)
+    makes = work.Maker(session)
     events = list(makes.shown(request))
     assert [event.done for event in events[:-1]] == list(range(11)) and isinstance(events[-1], Video)
     # A preview once, after a fifth of the steps.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from einops import rearrange
 
-from fvdm_jax.measuring.workloads import Case
+from fvdm_jax.measuring.workloads import Subject
 from fvdm_jax.models.dit import PATCH, DiTConfig
 
 NAME = "diffusers"
@@ -167,13 +167,13 @@ def _transformer(config: DiTConfig, where: str):
     return network
 
 
-def _inputs(case: Case, where: str, batch: int):
+def _inputs(case: Subject, where: str, batch: int):
     dtype = case.networks.dit.dtype
     latents = _placed(_channels_first(_noise((batch, *case.latents[1:]))), where, dtype)
     return latents, _placed(_noise((batch, *case.states[1:])), where, dtype)
 
 
-def _forward(case: Case, where: str) -> Run:
+def _forward(case: Subject, where: str) -> Run:
     """With one timestep for all frames, which is the less work for it."""
     import torch
 
@@ -183,7 +183,7 @@ def _forward(case: Case, where: str) -> Run:
     return _waiting(lambda: network(x, timestep, text, return_dict=False), where)
 
 
-def _sample(case: Case, where: str) -> Run:
+def _sample(case: Subject, where: str) -> Run:
     """A step as its pipeline takes it: the network twice, guidance, UniPC."""
     from diffusers import UniPCMultistepScheduler
 
@@ -201,7 +201,7 @@ def _sample(case: Case, where: str) -> Run:
     return _waiting(work, where)
 
 
-def _train(case: Case, where: str) -> Run:
+def _train(case: Subject, where: str) -> Run:
     import torch
 
     torch.set_num_threads(threads())
@@ -237,7 +237,7 @@ def autoencoder(config):
     )
 
 
-def _vae(method: str, case: Case, where: str) -> Run:
+def _vae(method: str, case: Subject, where: str) -> Run:
     config = case.networks.vae
     network = _loaded(functools.partial(autoencoder, config), where, config.dtype)
     shape = case.video if method == "encode" else case.coded
@@ -245,7 +245,7 @@ def _vae(method: str, case: Case, where: str) -> Run:
     return _waiting(lambda: getattr(network, method)(clip), where)
 
 
-def _text(case: Case, where: str) -> Run:
+def _text(case: Subject, where: str) -> Run:
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -22,7 +22,7 @@ from fvdm_jax.optimisers import Optimiser
 from fvdm_jax.process import flow
 
 
-class Case(NamedTuple):
+class Subject(NamedTuple):
     """Networks, and the sizes of what goes through them.
 
     `clip`: (f, h, w) of latents · `text`: tokens of a prompt · `batch`: clips at once, sampling apart, which
@@ -70,12 +70,12 @@ class Prepared(NamedTuple):
     begin: Callable[[], Callable[[], object]]
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """Something to measure: how many operations it is, what it computes in, and how it is prepared."""
 
-    operations: Callable[[Case], float]
+    operations: Callable[[Subject], float]
     network: str
-    prepare: Callable[[Case], Prepared]
+    prepare: Callable[[Subject], Prepared]
 
 
 def drawn(shapes):
@@ -121,7 +121,7 @@ def _compiled(lower: Callable[[], jax.stages.Lowered], inputs: Callable[[], tupl
     return Prepared(seconds, sizes.argument_size_in_bytes, taken, begin)
 
 
-def _forward(case: Case) -> Prepared:
+def _forward(case: Subject) -> Prepared:
     """The transformer's answer to noisy latents with a level for every frame."""
     network = lora.Network(case.networks.dit, attending=Attending(case.attention))
     weights = _stored(dit.abstract(network.config), partial(dit.stored, network.config.dtype))
@@ -131,7 +131,7 @@ def _forward(case: Case) -> Prepared:
     return _compiled(lambda: forward.lower(*shapes), lambda: drawn(shapes))
 
 
-def _sample(case: Case) -> Prepared:
+def _sample(case: Subject) -> Prepared:
     """A step of sampling, with guidance: `sample`'s program."""
     network = lora.Network(case.networks.dit, attending=Attending(case.attention))
     generation = Generation(network, flow, samplers.SAMPLERS["unipc"])
@@ -150,7 +150,7 @@ def _sample(case: Case) -> Prepared:
     return _compiled(lambda: sampling.lower(generation, _one(), case.clip, case.text)[1], inputs)
 
 
-def _train(case: Case) -> Prepared:
+def _train(case: Subject) -> Prepared:
     """A step of training all parameters, kept as float32, with AdamW: `train`'s program."""
     settings = Training(
         dit=case.networks.dit,
@@ -183,7 +183,7 @@ def _train(case: Case) -> Prepared:
     return Prepared(seconds, sizes.argument_size_in_bytes, sizes.temp_size_in_bytes, begin)
 
 
-def _vae(method: str, case: Case) -> Prepared:
+def _vae(method: str, case: Subject) -> Prepared:
     """A clip through the VAE, piece by piece, as `sample` and `precompute` have it."""
     config, shape = case.networks.vae, case.video if method == "encode" else case.coded
     params = drawn(_stored(vae.abstract(config), lambda path, leaf: leaf.dtype))
@@ -200,7 +200,7 @@ def _vae(method: str, case: Case) -> Prepared:
     return Prepared(seconds, held, taken, begin)
 
 
-def _vae_operations(method: str, case: Case) -> float:
+def _vae_operations(method: str, case: Subject) -> float:
     """As XLA counts them in the whole clip at once, before it changes anything."""
     config, shape = case.networks.vae, case.video if method == "encode" else case.coded
     run = jax.jit(partial(vae.VAE(config).apply, method=method))
@@ -208,7 +208,7 @@ def _vae_operations(method: str, case: Case) -> float:
     return run.lower({"params": params}, _float32(*shape)).cost_analysis()["flops"]
 
 
-def _text(case: Case) -> Prepared:
+def _text(case: Subject) -> Prepared:
     """The states of a batch of prompts, each of all its tokens."""
     config, shape = case.networks.text, (case.batch, case.text)
     weights = _stored(text.abstract(config), lambda path, leaf: config.dtype)
@@ -218,23 +218,23 @@ def _text(case: Case) -> Prepared:
     return _compiled(lower, lambda: (drawn(shapes[0]), *shapes[1:]))
 
 
-def _text_operations(case: Case) -> float:
+def _text_operations(case: Subject) -> float:
     c, count = case.networks.text, case.text
     inner = c.heads * c.head_width
     products = 2 * c.width * (4 * inner + 3 * c.ffn)
     return float(case.batch * c.layers * count * (products + 4 * count * inner))
 
 
-def _transformed(count: Callable[..., float], clips: Callable[[Case], int], case: Case) -> float:
+def _transformed(count: Callable[..., float], clips: Callable[[Subject], int], case: Subject) -> float:
     return clips(case) * count(case.networks.dit, case.clip, case.text)
 
 
 WORKS = {
-    "dit": Work(partial(_transformed, costs.forward, lambda case: case.batch), "dit", _forward),
-    "sample": Work(partial(_transformed, costs.forward, lambda case: 2), "dit", _sample),
-    "train": Work(partial(_transformed, costs.training, lambda case: case.batch), "dit", _train),
-    "vae-encode": Work(partial(_vae_operations, "encode"), "vae", partial(_vae, "encode")),
-    "vae-decode": Work(partial(_vae_operations, "decode"), "vae", partial(_vae, "decode")),
-    "text": Work(_text_operations, "text", _text),
+    "dit": Workload(partial(_transformed, costs.forward, lambda case: case.batch), "dit", _forward),
+    "sample": Workload(partial(_transformed, costs.forward, lambda case: 2), "dit", _sample),
+    "train": Workload(partial(_transformed, costs.training, lambda case: case.batch), "dit", _train),
+    "vae-encode": Workload(partial(_vae_operations, "encode"), "vae", partial(_vae, "encode")),
+    "vae-decode": Workload(partial(_vae_operations, "decode"), "vae", partial(_vae, "decode")),
+    "text": Workload(_text_operations, "text", _text),
 }
 """What can be measured, by name."""

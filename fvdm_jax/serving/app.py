@@ -16,7 +16,7 @@ from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal
 from fvdm_jax.rules import SOLVERS
 from fvdm_jax.serving import drawing, form, locks
-from fvdm_jax.serving.work import Progress, Work
+from fvdm_jax.serving.work import Maker, Progress
 from fvdm_jax.session import Session, Video
 from fvdm_jax.studio import calls, rows
 from fvdm_jax.zoo import ZOO
@@ -28,7 +28,7 @@ UPLOAD = "25mb"
 class Page:
     """What happens on the page: every answer is a tuple of the values of its outputs."""
 
-    def __init__(self, session: Session, work: Work, rooms: locks.Rooms, model: str):
+    def __init__(self, session: Session, work: Maker, rooms: locks.Rooms, model: str):
         """`model` is what a user calls the model's folder; empty: the bundled one."""
         self._session, self._work, self._rooms, self._model = session, work, rooms, model
 
@@ -183,7 +183,7 @@ def serve(model: Path, named: str, port: int, show: bool) -> None:
     """Serves the page until the process is told to stop."""
     locks.check_port(port)
     session = Session(model.resolve())
-    work = Work(session)
+    work = Maker(session)
     try:
         with locks.rooms() as rooms:
             app = blocks(session, Page(session, work, rooms, named))

@@ -32,7 +32,7 @@ class _Left(Exception):
     """Nobody waits for the video any more."""
 
 
-class Work:
+class Maker:
     """Makes videos beside the thread that shows them, until it is closed."""
 
     def __init__(self, session: Session):
