@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +56,10 @@ def parser() -> Parser:
     layouts = "the other way: official or diffusers; of a LoRA comfy, pusa or peft"
     flags.add_argument("--to", choices=LAYOUTS, metavar="LAYOUT", help=layouts)
     flags.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    flags.add_argument("--verify", action="store_true", help="read OUT again and compare it with SOURCE")
+    verify = (
+        "read OUT again and compare it with SOURCE; with --dry-run, read SOURCE and say what is known of it"
+    )
+    flags.add_argument("--verify", action="store_true", help=verify)
     return flags
 
 
@@ -151,12 +154,17 @@ def _convert(given) -> None:
     options = {"as": given.said, "dtype": given.dtype, "merged": merged, "experts": experts}
     made = {"options": options, "version": fvdm_jax.__version__}
     files = [file for part in parts for file in part.files]
+    files += [source.tokenizer for source in found if source.tokenizer]
     complete = _complete(given.out, job.config, options, files)
     if not complete:
         print(*job.lines, sep="\n")
         if not given.dry_run:
             _make(given.out, job, job.manifest | made, files)
-    if given.verify and not given.dry_run:
+    if given.verify and given.dry_run:
+        with _bar("read", sum(file.stat().st_size for file in files)) as progress:
+            digests = [_digest(file, threading.Event(), progress) for file in files]
+        print(*_identify(files, digests), sep="\n")
+    elif given.verify:
         with _bar("verify", job.bytes) as progress:
             job.check(given.out, progress)
         print(f"verified {given.out}: every array is what was read and asked for")
@@ -184,12 +192,28 @@ def _make(out: Path, job, manifest: dict, files: list[Path]) -> None:
             with _bar("convert", job.bytes) as progress:
                 job.fill(draft, progress)
             manifest["sources"] = digests.result()
+            lines = _identify(files, manifest["sources"])
             (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         finally:
             stop.set()
-    for file, digest in zip(files, manifest["sources"], strict=True):
-        print(f"read {file}  {digest['size']:,} bytes  sha256 {digest['sha256']}")
+    print(*lines, sep="\n")
     print(_told(out, job.bytes, time.perf_counter() - began))
+
+
+def _identify(files: list[Path], digests: list[dict]) -> list[str]:
+    """What to say of each file that has been read; its digest learns which of the known ones it is.
+
+    Raises Refusal for one that says to be known and is not.
+    """
+    from . import known
+
+    lines = []
+    for file, digest in zip(files, digests, strict=True):
+        size, sha256 = digest["size"], digest["sha256"]
+        found = known.identify(file, size, sha256)
+        digest["known"] = str(found) if found else None
+        lines.append(f"read {file}  {size:,} bytes  sha256 {sha256}  {known.told(file, size, found)}")
+    return lines
 
 
 def _told(out: Path, size: int, seconds: float) -> str:
@@ -228,13 +252,14 @@ def _check_room(out: Path, needed: int) -> None:
         raise Refusal(out, what, "free some space, or give a place on another disk")
 
 
-def _digest(file: Path, stop: threading.Event) -> dict:
+def _digest(file: Path, stop: threading.Event, progress: Callable = lambda count: None) -> dict:
     """`_sampled` and the sha256 of a file; unfinished where `stop` is set."""
     found = hashlib.sha256()
     with open(file, "rb", buffering=0) as opened:
         buffer = bytearray(1 << 22)
         while (count := opened.readinto(buffer)) and not stop.is_set():
             found.update(memoryview(buffer)[:count])
+            progress(count)
     return _sampled(file) | {"sha256": found.hexdigest()}
 
 

@@ -63,6 +63,7 @@ def test_it_holds_the_packages_and_the_model_and_nothing_else(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fvdm_jax").rglob("*.py")}
     modules |= {f"fvdm_jax/convert/{path.name}" for path in (ROOT / "convert").glob("*.py")}
     model = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fvdm_jax/assets/tiny").iterdir()}
+    model |= {"fvdm_jax/convert/weights.lock.json"}
     assert {name for name in names if ".dist-info/" not in name} == modules | model
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 20 << 20
