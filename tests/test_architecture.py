@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
-    7: "given projector studio sample data.job data.encoder data.precompute"
+    7: "given projector steps studio sample data.job data.encoder data.precompute"
     " runs measures export previews saving train_run train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
