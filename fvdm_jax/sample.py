@@ -109,27 +109,29 @@ def together(requests: list[Request], studio, stages: Stages, projector) -> None
 def long(request: Request, studio, stages: Stages, projector) -> None:
     """Makes a video piece by piece, of which each is on disk, and shown, before the next is begun.
 
-    Where an earlier run was stopped, it goes on after the last whole window.
+    Where an earlier run was stopped, it goes on after the last whole window, or as its queue last stood.
     """
     replace = request.overwrite or request.out == OUT
     reel = latents.Reel(request.latents, studio.shape(request.total), request.settings, replace)
     with reel:
-        if request.rolls:
-            # A queue is of no use without what its solver remembers, which is not kept.
-            reel.keep(0)
-            coming = studio.queue(request)
-        else:
-            coming = _windows(request, studio, reel)
+        coming = (_queue if request.rolls else _windows)(request, studio, reel)
         if reel.frames:
             stages.say(f"going on after latent frame {reel.frames} of {request.total}, from {reel.part}")
         try:
             show(request, _pieces(reel, coming, request.total), stages, projector)
         except BaseException:
-            if not request.rolls:
-                what = f"{reel.frames} of {request.total} latent frames are safe"
-                print(f"note: {what}; the same command goes on from there", file=sys.stderr)
+            safe = min(reel.frames, reel.noted) if request.rolls else reel.frames
+            what = f"{safe} of {request.total} latent frames are safe"
+            print(f"note: {what}; the same command goes on from there", file=sys.stderr)
             raise
         reel.finish()
+
+
+def _queue(request: Request, studio, reel: latents.Reel) -> Iterator:
+    """The same of a queue, which goes on from where it last said how it stood."""
+    past = reel.stored()
+    reel.keep(past[0] if past else 0)
+    return studio.queue(request, past, reel.store)
 
 
 def _windows(request: Request, studio, reel: latents.Reel) -> Iterator:

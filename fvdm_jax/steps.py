@@ -25,7 +25,7 @@ def calls(request: Request) -> list[int]:
     """Calls of the network for each window of a video; of a queue for the first frame and each later one."""
     if request.rolls:
         ends = [request.steps + i * request.steps // (request.latent_frames - request.overlap)
-                for i in range(request.total)]  # fmt: skip
+                for i in range(request.total - request.given)]  # fmt: skip
         return np.diff(ends, prepend=0).tolist()
     first = len(rows(request, request.strength[: request.latent_frames])) - 1
     if request.length is None:

@@ -28,6 +28,9 @@ from fvdm_jax.tasks import Task, text_to_video
 Look = Callable[[Latents, Latents, Schedule], None]
 """What is told of every step that is done: the clip before it and after it, and its two rows of levels."""
 
+Store = Callable[[int, list[np.ndarray]], None]
+"""What is told how a queue stands: how many frames there are, and what it goes on with."""
+
 ROOM = 1.5
 """How many times what an expert takes must be free for the other one to be loaded beside it."""
 
@@ -158,12 +161,16 @@ class Studio:
         start = text_to_video(self._shape) if done else self._given.task(request, self._shape)
         return map(np.asarray, rollout.windows(generate, start, request.windows, seam, past))
 
-    def queue(self, request: Request) -> Iterator[np.ndarray]:
-        """The latents [1 1 h w c] of a video without end, frame by frame, by a queue in one window.
+    def queue(
+        self, request: Request, past: tuple[int, list] | None = None, store: Store | None = None
+    ) -> Iterator[np.ndarray]:
+        """The latents [1 k h w c] of a video without end, by a queue in one window: what is given, then each.
 
-        Of the window those `request.overlap` frames that are last clean are kept in sight.
+        Of the window those `request.overlap` frames that are last clean are kept in sight. Once in a queue's
+        length `store` is told how it stands, when the next frame is asked for: the latest of it, as `past`,
+        is where another run goes on.
         """
-        self._stages.expect("denoise", sum(calls(request)))
+        given, length = request.given, request.latent_frames - request.overlap
         params = self._transformer(self._model.transformers[0], request)
         told = self._told(params, [(request.prompt, request.negative)])
         inputs = params, told, self._put(weights(request, 0))
@@ -175,9 +182,21 @@ class Studio:
         def advance(carry: tuple, schedule: Schedule) -> tuple:
             return self._stepped(inputs, carry, self._put(jnp.asarray(schedule)))
 
-        sigmas = SPACINGS[request.spacing](request.steps, request.shift)
-        begin, frames = self._programs.begin, request.latent_frames
-        return map(np.asarray, rollout.rolling(begin, advance, noise, sigmas, frames, request.overlap))
+        sigmas, begin = SPACINGS[request.spacing](request.steps, request.shift), self._programs.begin
+        queue = rollout.Queue(begin, advance, noise, sigmas, request.latent_frames, request.overlap, given)
+        if past is None:
+            canvas = self._put(self._given.task(request, self._shape).canvas)
+            begun = queue.start(canvas)
+            if given:
+                yield np.asarray(canvas[:, :given])
+        else:
+            like = jax.tree.structure(jax.eval_shape(begin, noise(0), noise(0), sigmas[:1, None]))
+            begun = rollout.Rolled(past[0], jax.tree.unflatten(like, self._put(past[1])))
+        self._stages.expect("denoise", sum(calls(request)[begun.next - given :]))
+        for frame, now in queue.roll(begun):
+            yield np.asarray(frame)
+            if store and (now.next - given) % length == 0:
+                store(now.next, list(map(np.asarray, jax.tree.leaves(now.carry))))
 
     def _begun(self, request: Request) -> Latents:
         """The noise that a short video begins with: the seed's, or a file's."""

@@ -2,16 +2,12 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from fvdm_jax import latents, lora, programs, sampling, video
-from fvdm_jax.commands import parse
-from fvdm_jax.program import Refusal, run
-from fvdm_jax.progress import Stages
+from fvdm_jax import latents, programs
+from fvdm_jax.program import run
 from fvdm_jax.sample import main
-from fvdm_jax.studio import Studio
 
 LINES = """\
 {"prompt": "a red circle", "seed": 5}
@@ -23,30 +19,52 @@ LINES = """\
 """
 
 
-def made(*flags: str) -> list[np.ndarray]:
+SENT = "all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"
+
+
+def made(model: Path, *flags: str) -> list[np.ndarray]:
     """The latents of each line."""
-    assert run(main, [*flags, "--overwrite", "--prompts", "many.jsonl", "--out", "v.mp4"]) == 0
-    return [latents.load(Path(f"v-{i + 1}.latents.safetensors")) for i in range(LINES.count("\n"))]
+    argv = ["--model", str(model), *flags, "--prompts", "many.jsonl", "--overwrite", "--out", "v.mp4"]
+    assert run(main, argv) == 0
+    count = len(Path("many.jsonl").read_text().splitlines())
+    return [latents.load(Path(f"v-{i + 1}{latents.SUFFIX}")) for i in range(count)]
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[str]:
-    """The names of what is compiled."""
-    names, compile = [], programs.compiled
+def compiled(monkeypatch) -> dict[str, list[str]]:
+    """The programs that are compiled, by their names."""
+    texts, compile = {}, programs.compiled
 
     def told(say, lowered, what, *options):
-        names.append(what)
-        return compile(say, lowered, what, *options)
+        program = compile(say, lowered, what, *options)
+        texts.setdefault(what, []).append(program.as_text())
+        return program
 
     monkeypatch.setattr(programs, "compiled", told)
-    return names
+    return texts
 
 
+@pytest.mark.usefixtures("alone")
 def test_each_device_makes_a_clip_of_its_own(here, model, compiled):
-    """Six lines on four devices, the second batch half full: one program, and the files of one device."""
+    """Six lines on eight devices: one program, in which nothing is sent, and to the bit the clips of one."""
     Path("many.jsonl").write_text(LINES)
-    copies = made("--model", str(model), "--mesh", "data=8", "--steps", "2")
-    assert compiled.count("denoise (8 of 3x4x6)") == 1
-    assert not [name for name in compiled if name.startswith("denoise (3")]
-    alone = made("--model", str(model), "--mesh", "data=8", "--steps", "2")
-    print([float(np.abs(a - b).max()) for a, b in zip(copies, alone, strict=True)])
+    copies = made(model, "--mesh", "data=8")
+    (text,) = compiled.pop("denoise (8 of 3x4x6)")
+    assert not [word for word in SENT if word in text]
+    assert not [name for name in compiled if name.startswith("denoise")]
+    # Without a mesh that is asked for each device does all for itself.
+    for ours, theirs in zip(copies, made(model), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert len(compiled["denoise (3x4x6)"]) == 1
+
+
+def test_copies_may_be_of_several_devices_each(here, experts, compiled):
+    """Two experts, of which each clip has four devices: a batch and a half of what one clip's program makes."""
+    rows = LINES.splitlines()[1:4]
+    Path("many.jsonl").write_text("\n".join(rows))
+    copies = made(experts, "--mesh", "data=2,context=2,tensor=2")
+    assert len(compiled["denoise (2 of 3x4x6)"]) == 1
+    for i, row in enumerate(rows):
+        Path("many.jsonl").write_text(row)
+        # The other half of the batch is the same clip.
+        np.testing.assert_array_equal(made(experts, "--mesh", "data=2,context=2,tensor=2")[0], copies[i])
