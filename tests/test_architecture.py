@@ -27,7 +27,7 @@ FLOORS = {
     " planning.estimates conditioning caching",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
-    2: "stopping program presence goodput machine programs chips planning.hlo planning.collectives"
+    2: "stopping claims program presence goodput machine programs chips planning.hlo planning.collectives"
     " planning.aot planning.published progress media clips decode video keeps latents zoo rules presets"
     " prompt_files defaults flags request commands explain sharding process schedule tasks levels weights"
     " optimisers models.tokenizer data.textures data.source metrics sight judge data.folder data.records"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_studio import taught
 
 from fvdm_jax import latents, programs
 from fvdm_jax.program import run
@@ -58,13 +59,13 @@ def test_each_device_makes_a_clip_of_its_own(here, model, compiled):
     assert len(compiled["denoise (3x4x6)"]) == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_copies_may_be_of_several_devices_each(here, experts, compiled):
-    """Two experts, of which each clip has four devices: a batch and a half of what one clip's program makes."""
-    rows = LINES.splitlines()[1:4]
-    Path("many.jsonl").write_text("\n".join(rows))
-    copies = made(experts, "--mesh", "data=2,context=2,tensor=2")
-    assert len(compiled["denoise (2 of 3x4x6)"]) == 1
-    for i, row in enumerate(rows):
-        Path("many.jsonl").write_text(row)
-        # The other half of the batch is the same clip.
-        np.testing.assert_array_equal(made(experts, "--mesh", "data=2,context=2,tensor=2")[0], copies[i])
+    """Two experts, one with a LoRA, and clips of four devices each: a batch and a half."""
+    Path("many.jsonl").write_text("\n".join(LINES.splitlines()[1:4]))
+    taught(here, experts)
+    flags = ["--lora", "high=taught:0.5"]
+    copies = made(experts, *flags, "--mesh", "data=2,context=2,tensor=2")
+    assert [len(texts) for name, texts in compiled.items() if name.startswith("denoise (2 of")] == [2]
+    for ours, theirs in zip(copies, made(experts, *flags), strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)

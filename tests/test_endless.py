@@ -26,7 +26,7 @@ SEEN = 2.0
 
 
 def run(out: Path, *flags: str) -> list[float]:
-    """Makes the video; gives the peak of memory, in MB, in each quarter of its latent frames, and at the end."""
+    """Makes the video; gives the peak of memory in MB, in each quarter of its frames and at the end."""
     part, frame = out.with_name(f"{out.stem}{latents.SUFFIX}.part"), 4 * 8 * 8 * 16
     command = [sys.executable, "-m", "fvdm_jax.sample", "--length", str((1 + STRIDE * (TOTAL - 1)) / FPS)]
     usual = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
