@@ -20,7 +20,7 @@ from fvdm_jax.tasks import text_to_video
 def test_a_queue_begins_behind_what_is_given(sampler, given):
     """Which stays as it is, and is seen: by frames that then take their turns as of a video kept so."""
     canvas = np.concatenate([drawn(100 + i) for i in range(given)], axis=1)
-    queue = Queue(sampler, sociable, 6, 2, 8, canvas=canvas)
+    queue = Queue(sampler, sociable, 6, 2, 8).behind(canvas)
     made = queue.take(2)
     first = max(given - 2, 0)
     noise = np.concatenate([drawn(first + i) for i in range(6)], axis=1)
@@ -33,7 +33,7 @@ def test_a_queue_begins_behind_what_is_given(sampler, given):
     # Not bit-equal: one scan and many are compiled differently.
     scale = max(np.abs(made).max(), 1)
     np.testing.assert_allclose(made[:, :1], clip[:, kept : kept + 1], rtol=0, atol=1e-6 * scale)
-    other = Queue(sampler, sociable, 6, 2, 8, canvas=canvas + 1).take(1)
+    other = Queue(sampler, sociable, 6, 2, 8).behind(canvas + 1).take(1)
     assert np.abs(other - made[:, :1]).max() > 1e-3 and queue.traces == [(2, 6)]
 
 
@@ -41,12 +41,11 @@ def test_a_queue_begins_behind_what_is_given(sampler, given):
 @QUEUES
 def test_a_queue_goes_on_from_where_it_stood(sampler, frames, context, steps):
     canvas = drawn(100)
-    whole = Queue(sampler, sociable, frames, context, steps, canvas=canvas).take(11)
-    queue = Queue(sampler, sociable, frames, context, steps, canvas=canvas)
+    whole = Queue(sampler, sociable, frames, context, steps).behind(canvas).take(11)
+    queue = Queue(sampler, sociable, frames, context, steps).behind(canvas)
     for count in (1, 3, 5):
         queue.take(count)
         stood = jax.tree.map(np.asarray, queue.stood)
-        later = Queue(sampler, sociable, frames, context, steps, canvas=canvas)
-        later.coming = later.queue.roll(stood)
+        later = Queue(sampler, sociable, frames, context, steps).behind(canvas, stood)
         done = int(stood.next) - 1
         np.testing.assert_array_equal(later.take(2), whole[:, done : done + 2])

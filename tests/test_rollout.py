@@ -157,16 +157,18 @@ def drawn(i: int) -> np.ndarray:
 class Queue:
     """A rolling queue, with the schedules that `advance` got, its traces, and the shapes of its carry."""
 
-    def __init__(
-        self, sampler, denoise, frames: int, context: int, steps: int, noise=drawn, shift=3.0, canvas=None
-    ):
+    def __init__(self, sampler, denoise, frames: int, context: int, steps: int, noise=drawn, shift=3.0):
         self.rows, self.traces, self.shapes = [], [], set()
         self._advance = jax.jit(partial(self._traced, sampler, denoise))
         start = jax.jit(partial(begin, flow, sampler))
-        given = 0 if canvas is None else canvas.shape[1]
-        sigmas = pusa(steps, shift)
-        self.queue = rollout.Queue(start, self._called, noise, sigmas, frames, context, given)
-        self.coming = self.queue.roll(self.queue.start(canvas))
+        self.queue = rollout.Queue(start, self._called, noise, pusa(steps, shift), frames, context)
+        self.coming = self.queue.roll(self.queue.start())
+
+    def behind(self, canvas: np.ndarray, stood: rollout.Rolled | None = None) -> "Queue":
+        """The same behind frames that are given, from its beginning or from where it stood."""
+        self.queue = self.queue._replace(given=canvas.shape[1])
+        self.coming = self.queue.roll(stood or self.queue.start(canvas))
+        return self
 
     def _traced(self, sampler, denoise, carry, rows):
         self.traces.append(rows.shape)
