@@ -21,8 +21,6 @@ WINDOWS, WINDOW, OVERLAP, SIDE, FPS = 64, 9, 3, 64, 12
 TOTAL = WINDOW + (WINDOWS - 1) * (WINDOW - OVERLAP)
 SEAMS = [STRIDE * (WINDOW + i * (WINDOW - OVERLAP)) - STRIDE + 1 for i in range(WINDOWS - 1)]
 NEAR = STRIDE * (WINDOW - OVERLAP)
-SEEN = 2.0
-"""ΔE from which on a change of colour can be seen."""
 
 
 def run(out: Path, *flags: str) -> list[float]:
@@ -82,12 +80,13 @@ def test_64_windows_take_flat_memory_and_show_no_seam(tmp_path, how):
     # Where a latent frame ends, but no window.
     inside = np.setdiff1d(np.arange(0, frames - 1, STRIDE), at)
     for name, values in (("ΔE", colour), ("motion", motion)):
-        for where, which in (("seams", at), ("latent frames", inside), ("all", slice(None))):
-            chosen = values[which]
-            told = f"median {np.median(chosen):.2f}, 95 % {np.quantile(chosen, 0.95):.2f}"
-            print(f"{name} at {where}: {told}, most {chosen.max():.2f}")
+        for where, which in (("seams", at), ("other latent frames", inside), ("all", slice(None))):
+            middle, high, most = np.quantile(values[which], (0.5, 0.95, 1))
+            print(f"{name} at {where}: median {middle:.2f}, 95 % {high:.2f}, most {most:.2f}")
     print("drift ΔE by eighths:", " ".join(f"{value:.1f}" for value in drift(clip)))
     print("memory by quarters and at the end, MB:", " ".join(f"{peak:.1f}" for peak in peaks))
     print(f"{time.perf_counter() - began:.0f} s")
     assert peaks[3] <= 1.02 * peaks[1]
-    assert np.median(colour[at]) < SEEN
+    for values in (colour, motion):
+        # No more happens at a seam than elsewhere: a quarter is what 63 of them may be off by chance.
+        assert np.all(np.quantile(values[at], (0.5, 0.95)) < 1.25 * np.quantile(values[inside], (0.5, 0.95)))

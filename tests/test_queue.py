@@ -8,7 +8,7 @@ import pytest
 from test_laws import sociable
 from test_rollout import QUEUES, SOLVERS, Queue, drawn
 
-from fvdm_jax import zoo
+from fvdm_jax import latents, zoo
 from fvdm_jax.process import flow
 from fvdm_jax.samplers import sample
 from fvdm_jax.schedule import pusa
@@ -49,3 +49,34 @@ def test_a_queue_goes_on_from_where_it_stood(sampler, frames, context, steps):
         later = Queue(sampler, sociable, frames, context, steps).behind(canvas, stood)
         done = int(stood.next) - 1
         np.testing.assert_array_equal(later.take(2), whole[:, done : done + 2])
+
+
+def test_how_a_queue_stands_goes_with_its_frames(tmp_path):
+    path, shape = tmp_path / "a.latents.safetensors", (1, 4, 2, 2, 3)
+    piece, carry = np.ones((1, 2, 2, 2, 3), np.float32), [np.arange(6.0).reshape(2, 3), np.int32([[7]])]
+    with latents.Reel(path, shape, {"seed": 1}) as reel:
+        assert reel.stored() is None
+        reel.add(piece)
+        reel.store(2, carry)
+    (state,) = tmp_path.glob("*.state")
+    with latents.Reel(path, shape, {"seed": 1}) as reel:
+        frames, found = reel.stored()
+        assert frames == 2 and all(map(np.array_equal, found, carry)) and found[1].dtype == np.int32
+        reel.keep(1)
+        assert reel.stored() is None
+    whole = state.read_bytes()
+    with latents.Reel(path, shape, {"seed": 1}) as reel:
+        reel.add(piece)
+        for broken in (b"", whole[:-1], b"\xff" * 64):
+            state.write_bytes(broken)
+            assert reel.stored() is None
+    # It is of no use to another video.
+    for begun in ({"seed": 2}, {"seed": 1}):
+        state.write_bytes(whole)
+        with latents.Reel(path, shape, begun, replace=True):
+            assert not state.exists()
+    with latents.Reel(path, shape, {"seed": 1}) as reel:
+        reel.add(np.concatenate([piece, piece], axis=1))
+        reel.store(4, carry)
+        reel.finish()
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
