@@ -267,6 +267,18 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Around the making of `path`. Raises Refusal where another process of this host makes it."""
+    with contextlib.ExitStack() as claim:
+        try:
+            claim.enter_context(claims.claimed(Path(os.path.realpath(path))))
+        except BlockingIOError as held:
+            what = "is being made by another process"
+            raise Refusal(path, what, "wait for it, or give another name") from held
+        yield
+
+
+@contextlib.contextmanager
 def folder_output(path: Path) -> Iterator[Path]:
     """A new folder to fill in place of `path`, which it becomes when the block ends and never before.
 
@@ -277,7 +289,7 @@ def folder_output(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     draft = _temporary(target)
     try:
-        with claims.claimed(target):
+        with alone(path):
             if target.exists() and (not target.is_dir() or any(target.iterdir())):
                 raise Refusal(path, "exists", "give a name that is free")
             _clear_stale(target.parent)
@@ -289,9 +301,6 @@ def folder_output(path: Path) -> Iterator[Path]:
                 flush(Path(folder))
             os.rename(draft, target)
             flush(target.parent)
-    except BlockingIOError as held:
-        what = "is being made by another process"
-        raise Refusal(path, what, "wait for it, or give another name") from held
     except OSError as failure:
         if failure.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise Refusal(path, "has been made by another process", "give a name that is free") from failure
