@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fvdm_jax
-from fvdm_jax.program import Parser, Refusal, folder_output, leave, plain, run
+from fvdm_jax.program import Parser, Refusal, alone, folder_output, leave, plain, run
 from fvdm_jax.prompts import fingerprint
 
 EPILOG = """\
@@ -131,7 +131,7 @@ def _clips(given) -> None:
     if given.dry_run:
         return
     _check_room(given.out, size)
-    with _bar("import", size) as progress:
+    with alone(given.out), _bar("import", size) as progress:
         added = caches.write(given.out, found, models[0] if models else None, progress)
     print(f"{len(found) - added:,} of {len(found):,} already there; wrote {added:,} records to {given.out}")
     if not models:

@@ -79,7 +79,7 @@ def fitting(devices: list) -> list[str]:
     free, lines = machine.free(devices[0]), []
     for name, config in SIZES.items():
         network, clip = lora.Network(config), SMALLER if config.channels_out == 48 else CLIP
-        over, attention = sampling.mesh("", network, clip, 2)
+        over, attention, _ = sampling.layout("", network, clip, 2)
         mesh = {axis: over.shape.get(axis, 1) for axis in sharding.AXES}
         sample = Step(config, clip, mesh, 2, train=False)
         layout = layouts.recommended("train", config, clip, len(devices), len(devices))

@@ -149,7 +149,13 @@ def _made(add: Callable) -> None:
         metavar="FILE.npy",
         help="begin with this noise and not with the seed's, to compare with other programs",
     )
-    add("--mesh", default="", metavar="SIZES", help="how devices share the work, such as data=2,context=4")
+    add(
+        "--mesh",
+        default="",
+        metavar="SIZES",
+        help="how devices share the work, such as data=2,context=4; with --prompts, so many videos at a time "
+        "as there are along data",
+    )
     add("--attention", choices=KERNELS, default="auto", help="kernel of attention; auto: the first that can")
     add("--explain", action="store_true", help="print the noise level of every frame at every step, and stop")
 

@@ -1,6 +1,6 @@
 """From a network to a denoiser: what it is told, and how strongly it is made to listen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -58,7 +58,7 @@ class Looks(NamedTuple):
     """What a network is asked at a step beside the clip itself: with the prompt, and of its history.
 
     History are the frames that are clean at that step, in `windows` parts of equal length; 0 for no guidance
-    by it.
+    by it. The rows of a clip lie one after the other, so that they are where the clip is on a mesh.
     """
 
     text: bool = True
@@ -72,12 +72,12 @@ class Looks(NamedTuple):
     def told(self, text: TextStates, negative: TextStates) -> TextStates:
         """What each row is told: the prompt in the one that is there for it, or everywhere."""
         if not self.text:
-            return jnp.concatenate([text] * self.count)
-        return jnp.concatenate([negative, text, *[negative] * (self.count - 2)])
+            return _abreast([text] * self.count)
+        return _abreast([negative, text, *[negative] * (self.count - 2)])
 
     def repeated(self, tree):
         """What is the same in all rows, [b …], for each of them."""
-        return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * self.count), tree)
+        return jax.tree.map(lambda leaf: _abreast([leaf] * self.count), tree)
 
     def rows(
         self, process: Process, x: Latents, level: Levels, shown, context=0.0
@@ -106,6 +106,11 @@ class Looks(NamedTuple):
         return [*plain, at(1.0, key), *windows]
 
 
+def _abreast(parts: Sequence[jax.Array]) -> jax.Array:
+    """Rows [b·n …] of n parts [b …]: all of the first clip, then all of the second."""
+    return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
 def guided(
     process: Process,
     apply: Apply,
@@ -123,7 +128,7 @@ def guided(
     others = () if extra is None else (extra,)
     if negative is None:
         return steered(process, lambda x, timestep: apply(x, timestep, text, *others))
-    both, others = jnp.concatenate([negative, text]), Looks().repeated(others)
+    both, others = _abreast([negative, text]), Looks().repeated(others)
     return steered(process, lambda x, timestep: apply(x, timestep, both, *others), scale)
 
 
@@ -152,8 +157,9 @@ def heard(
 
     def output(x: Latents, level: Levels) -> Latents:
         seen = looks.rows(process, x, level, weights.shown, weights.seen(level))
-        xs, levels = (jnp.concatenate(part) for part in zip(*seen, strict=True))
-        said = jnp.split(ask(xs, process.timestep(levels)), len(seen))
+        xs, levels = (_abreast(part) for part in zip(*seen, strict=True))
+        told = ask(xs, process.timestep(levels))
+        said = jnp.unstack(told.reshape(-1, len(seen), *told.shape[1:]), axis=1)
         made = said[0]
         if looks.text:
             inside = (level >= weights.low) & (level <= weights.high)

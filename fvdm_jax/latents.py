@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,7 +119,8 @@ def load(path: Path) -> np.ndarray:
 class Reel:
     """A file of latents [1 n h w c] that is written as a long video is made, and gone on with after a stop.
 
-    Until it is whole it has another name, `part`, beside that of the file that it becomes.
+    Until it is whole it has another name, `part`, beside that of the file that it becomes; a queue's state is
+    in a third.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], settings: dict, replace: bool = False):
@@ -127,6 +129,7 @@ class Reel:
         Raises Refusal where what is left is of another video, unless that is to be replaced.
         """
         self._path, self._shape, self.part = path, shape, path.with_name(f"{path.name}.part")
+        self._state, self.noted = path.with_name(f"{path.name}.state"), 0
         self._frame = 4 * math.prod(shape[2:])
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, self._frame * shape[1]]}
         header = {"__metadata__": {"settings": json.dumps(settings)}, NAME: entry}
@@ -143,6 +146,8 @@ class Reel:
                 self._file.close()
                 right = "give the settings that it was begun with, or --overwrite"
                 raise Refusal(self.part, "is of a video of other settings that was stopped", right)
+            # Before the frames that it goes with.
+            self._state.unlink(missing_ok=True)
             self._file.seek(0)
             self._file.truncate()
             self._file.write(self._head)
@@ -190,10 +195,35 @@ class Reel:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def store(self, frames: int, arrays: Sequence[np.ndarray]) -> None:
+        """Keeps what is needed to go on after so many frames: on disk then, or what was before still is."""
+        from safetensors.numpy import save_file
+
+        with outputs(self._state) as (draft,):
+            content = {str(i): np.ascontiguousarray(array) for i, array in enumerate(arrays)}
+            save_file(content, draft, {"frames": str(frames)})
+        self.noted = frames
+
+    def stored(self) -> tuple[int, list[np.ndarray]] | None:
+        """What `store` was given last, if the frames that it goes with are there."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._state, "np") as file:
+                frames, count = int(file.metadata()["frames"]), len(file.keys())
+                arrays = [file.get_tensor(str(i)) for i in range(count)]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+        if frames > self.frames:
+            return None
+        self.noted = frames
+        return frames, arrays
+
     def finish(self) -> None:
         """Gives the file, now whole, its name."""
         self._file.close()
         os.replace(self.part, self._path)
+        self._state.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

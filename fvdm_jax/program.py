@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fvdm_jax import claims
 from fvdm_jax.stopping import interruptible
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
@@ -214,6 +215,7 @@ def _clear_stale(folder: Path) -> None:
     ours = re.compile(
         rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
     )
+    claims.clear(folder)
     for name in os.listdir(folder):
         if (match := ours.fullmatch(name)) and not alive(int(match[1])):
             with contextlib.suppress(OSError):
@@ -265,28 +267,44 @@ def outputs(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Around the making of `path`. Raises Refusal where another process of this host makes it."""
+    with contextlib.ExitStack() as claim:
+        try:
+            claim.enter_context(claims.claimed(Path(os.path.realpath(path))))
+        except BlockingIOError as held:
+            what = "is being made by another process"
+            raise Refusal(path, what, "wait for it, or give another name") from held
+        yield
+
+
+@contextlib.contextmanager
 def folder_output(path: Path) -> Iterator[Path]:
     """A new folder to fill in place of `path`, which it becomes when the block ends and never before.
 
     When the block raises nothing is left; what a killed run left beside it is removed first. Raises Refusal
-    where there is something at `path`, and where the disk is full or cannot be written.
+    where there is something at `path`, or another process is making it, and where the disk is full or cannot
+    be written.
     """
     target = Path(os.path.realpath(path))
     draft = _temporary(target)
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise Refusal(path, "exists", "give a name that is free")
-        _clear_stale(target.parent)
-        draft.mkdir()
-        yield draft
-        for folder, _, names in os.walk(draft):
-            for name in names:
-                flush(Path(folder, name))
-            flush(Path(folder))
-        os.rename(draft, target)
-        flush(target.parent)
+        with alone(path):
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise Refusal(path, "exists", "give a name that is free")
+            _clear_stale(target.parent)
+            draft.mkdir()
+            yield draft
+            for folder, _, names in os.walk(draft):
+                for name in names:
+                    flush(Path(folder, name))
+                flush(Path(folder))
+            os.rename(draft, target)
+            flush(target.parent)
     except OSError as failure:
-        if failure.errno not in UNWRITABLE | {errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST}:
+        if failure.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise Refusal(path, "has been made by another process", "give a name that is free") from failure
+        if failure.errno not in UNWRITABLE | {errno.ENOENT, errno.ENOTDIR}:
             raise
         raise Refusal(path, f"cannot be written: {os.strerror(failure.errno)}", _REMEDY) from failure
     finally:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 class Stages:
@@ -62,9 +62,10 @@ class Stages:
             self.seconds[name] = self._elapsed(name)
             self._running = (outer[0], time.perf_counter()) if outer else None
 
-    def begin(self) -> None:
-        """From here on `since` counts; before, it is the whole run."""
-        self._before = dict(self.seconds)
+    def begin(self, already: Mapping[str, float] | None = None) -> None:
+        """From here on `since` counts, beginning with what was there already; before, it is the whole run."""
+        past = already or {}
+        self._before = {name: seconds - past.get(name, 0.0) for name, seconds in self.seconds.items()}
 
     @property
     def since(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -94,6 +95,11 @@ class Request:
     def rolls(self) -> bool:
         """Whether a long video is made by a queue, and not in windows."""
         return self.length is not None and self.schedule.partition(":")[0] == "rolling"
+
+    @property
+    def given(self) -> int:
+        """How many latent frames are kept as they are."""
+        return self.strength.count(0.0)
 
     @property
     def new(self) -> int:
@@ -273,8 +279,10 @@ def _windows(request: Request, model: Defaults) -> Request:
          "keep frames of its beginning"),
         (queue and request.cache, "by a queue spares no steps", "leave --cache out"),
         (queue and len(model.transformers) > 1, "by a queue is not for two experts", "take no --schedule"),
-        (queue and (request.keeps or request.anchors or request.prompts), "by a queue keeps nothing, and has "
-         "one prompt", "take no --schedule"),
+        (queue and (request.anchors or request.prompts), "by a queue has no anchors, and one prompt",
+         "take no --schedule"),
+        (queue and [request.strength, request.settled] != [sorted(map(math.ceil, request.strength))] * 2,
+         "by a queue keeps its first frames alone, and whole", "give 0=FILE:0, or take no --schedule"),
     ):  # fmt: skip
         if wrong:
             raise Refusal("--length", what, right)

@@ -88,22 +88,23 @@ def _windows(generate, start: Task, which: range, seam: Seam, given: tuple) -> I
         yield made[:, first : frames if i == which[-1] else frames - held]
 
 
-def rolling(
-    begin: Callable[[Latents, Latents, Schedule], tuple],
-    advance: Callable[[tuple, Schedule], tuple],
-    noise: Callable[[int], Latents],
-    sigmas: Sigmas,
-    frames: int,
-    context: int,
-) -> Iterator[Latents]:
-    """The frames [b 1 h w c] of a video without end, each as soon as it is clean; `itertools.islice` ends it.
+class Rolled(NamedTuple):
+    """A queue as it stands: which frame of the video is the next to be clean, and what its solver goes by."""
+
+    next: int
+    carry: tuple
+
+
+class Queue(NamedTuple):
+    """A video without end, whose frames [b 1 h w c] come one by one, each as soon as it is clean.
 
     The network always sees `frames` of them: the last `context` that are clean, and a queue of the other
     q = frames − context at levels evenly apart on `sigmas` [s+1]. When the head of the queue is clean, all
     move up by one, with what the solver remembers of them, and pure noise enters: `noise(i)` [b 1 h w c],
     for frame i of the video. So a frame takes s calls of the network, and the next is clean s/q calls later.
 
-    Frame i begins after ⌊i·s/q⌋ calls: where q does not divide s, the calls between frames differ by one, and
+    The first `given` frames are clean from the beginning on, and the queue begins behind them. Frame i after
+    them begins after ⌊i·s/q⌋ calls: where q does not divide s, the calls between frames differ by one, and
     where s < q, several frames become clean at once. From the beginning on this is `zoo.rolling`, whose first
     `frames` fill the window: those whose turn has not come wait there as noise, and the first to be clean
     stay until there are `context` of them.
@@ -113,35 +114,64 @@ def rolling(
     of each serves the whole video, in constant memory.
 
     Without a context a frame is forgotten as soon as it is clean; the others know it by what it left in them.
-    Raises ValueError unless 0 ≤ context < frames. Source: Rolling Diffusion (arXiv 2402.09470) and
-    FIFO-Diffusion (arXiv 2405.11473), which fills the first queue with a clip that was made before instead.
+    Source: Rolling Diffusion (arXiv 2402.09470) and FIFO-Diffusion (arXiv 2405.11473), which fills the first
+    queue with a clip that was made before instead.
     """
-    if not 0 <= context < frames:
-        raise ValueError(
-            f"{context} clean frames in a window of {frames}; give a context of 0 to {frames - 1}"
-        )
-    sigmas = np.asarray(sigmas, np.float32)
 
-    def fresh(i: int) -> tuple:
-        drawn = noise(i)
-        return begin(drawn, jnp.zeros_like(drawn), sigmas[:1, None])
+    begin: Callable[[Latents, Latents, Schedule], tuple]
+    advance: Callable[[tuple, Schedule], tuple]
+    noise: Callable[[int], Latents]
+    sigmas: Sigmas
+    frames: int
+    context: int
+    given: int = 0
 
-    return _rolling(fresh, advance, sigmas, frames, context)
+    def start(self, canvas: Latents | None = None) -> Rolled:
+        """The queue before its first call; `canvas` [b k h w c] has the frames that are given.
 
+        Raises ValueError unless 0 ≤ context < frames.
+        """
+        if not 0 <= self.context < self.frames:
+            what = f"{self.context} clean frames in a window of {self.frames}"
+            raise ValueError(f"{what}; give a context of 0 to {self.frames - 1}")
+        first = self._first(self.given)
+        fresh = (self._fresh(i, canvas) for i in range(first, first + self.frames))
+        return Rolled(self.given, jax.tree.map(_in_order, *fresh))
 
-def _rolling(fresh, advance, sigmas: np.ndarray, frames: int, context: int) -> Iterator[Latents]:
-    """The same, where `fresh(i)` is (x, memory) of frame i of the video at the first level."""
-    steps, queue, calls = len(sigmas) - 1, frames - context, 0
-    carry = jax.tree.map(_in_order, *map(fresh, range(frames)))
-    for i in itertools.count():
-        first = max(i - context, 0)
-        delay = np.arange(first, first + frames) * steps // queue
-        while calls < steps + i * steps // queue:
-            carry = advance(carry, sigmas[np.clip(calls + np.array([[0], [1]]) - delay, 0, steps)])
-            calls += 1
-        yield carry[0][:, i - first : i - first + 1]
-        if i >= context:
-            carry = jax.tree.map(lambda old, new: _in_order(old[:, 1:], new), carry, fresh(first + frames))
+    def roll(self, rolled: Rolled) -> Iterator[tuple[Latents, Rolled]]:
+        """The frames from where the queue stands, each with how it stands then; `itertools.islice` ends it.
+
+        From there the same frames come again, to the bit where all that is called is deterministic.
+        """
+        sigmas, steps = np.asarray(self.sigmas, np.float32), len(self.sigmas) - 1
+        calls, carry = self._calls(rolled.next - 1), rolled.carry
+        for i in itertools.count(rolled.next):
+            first = self._first(i)
+            if i > self.given and first > self._first(i - 1):
+                new = self._fresh(first + self.frames - 1)
+                carry = jax.tree.map(lambda old, new: _in_order(old[:, 1:], new), carry, new)
+            place = np.arange(first, first + self.frames) - self.given
+            delay = np.where(place < 0, -steps, place * steps // (self.frames - self.context))
+            while calls < self._calls(i):
+                carry = self.advance(carry, sigmas[np.clip(calls + np.array([[0], [1]]) - delay, 0, steps)])
+                calls += 1
+            yield carry[0][:, i - first : i - first + 1], Rolled(i + 1, carry)
+
+    def _first(self, i: int) -> int:
+        """The first frame that is in sight when frame i is the next to be clean."""
+        return max(i - self.context, 0)
+
+    def _calls(self, i: int) -> int:
+        """How many there have been when frame i is clean."""
+        steps = len(self.sigmas) - 1
+        return steps + (i - self.given) * steps // (self.frames - self.context) if i >= self.given else 0
+
+    def _fresh(self, i: int, canvas: Latents | None = None) -> tuple:
+        """(x, memory) of frame i of the video: at the first level, or as it is given."""
+        noise, level = self.noise(i), np.float32(self.sigmas[0])
+        if i < self.given:
+            return self.begin(noise, canvas[:, i : i + 1], np.zeros((1, 1), np.float32))
+        return self.begin(noise, jnp.zeros_like(noise), np.full((1, 1), level))
 
 
 def _in_order(*parts: jax.Array) -> jax.Array:

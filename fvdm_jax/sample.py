@@ -36,16 +36,24 @@ def main(argv: list[str]) -> None:
             from fvdm_jax.studio import Studio
 
         projector = Projector(stages)
-        studio = None if request.decode else Studio(requests, stages)
-        for one in requests:
-            if one is not requests[0]:
-                tell(one)
+        several = request.prompts is not None and request.length is None
+        studio = None if request.decode else Studio(requests, stages, many=several)
+        for some in studio.batches(requests) if several else [requests]:
+            if some[0] is not requests[0]:
                 stages.begin()
-            if one.decode:
-                show(one, [latents.load(one.decode)], stages, projector)
+            for one in some:
+                if one is not requests[0]:
+                    tell(one)
+            if request.decode:
+                show(request, [latents.load(request.decode)], stages, projector)
+                print("wrote", *request.outputs)
+                continue
+            if request.length is None:
+                together(some, studio, stages, projector)
             else:
-                (short if one.length is None else long)(one, studio, stages, projector)
-            print("wrote", *one.outputs, *(() if one.decode else (one.latents,)))
+                long(some[0], studio, stages, projector)
+            for one in some:
+                print("wrote", *one.outputs, one.latents)
 
 
 def explained(request: Request) -> None:
@@ -77,42 +85,53 @@ def tell(request: Request) -> None:
 
 def short(request: Request, studio, stages: Stages, projector) -> None:
     """Makes a video at once."""
-    made = studio.clip(request)
+    together([request], studio, stages, projector)
+
+
+def together(requests: list[Request], studio, stages: Stages, projector) -> None:
+    """Makes videos at once, as many as the studio makes at a time; all are denoised before one is shown."""
+    made = studio.clips(requests)
     with stages("write"):
-        latents.save(request.latents, made, request.settings)
-    try:
-        show(request, [made], stages, projector)
-    except BaseException:
-        again = ["python", "-m", "fvdm_jax.sample", "--decode", str(request.latents)]
-        again = shlex.join([*again, "--out", str(request.out)])
-        print(f"note: what was denoised is safe; to decode it again: {again}", file=sys.stderr)
-        raise
+        for request, one in zip(requests, made, strict=True):
+            latents.save(request.latents, one, request.settings)
+    spent = stages.since
+    for request, one in zip(requests, made, strict=True):
+        stages.begin(spent)
+        try:
+            show(request, [one], stages, projector)
+        except BaseException:
+            again = ["python", "-m", "fvdm_jax.sample", "--decode", str(request.latents)]
+            again = shlex.join([*again, "--out", str(request.out)])
+            print(f"note: what was denoised is safe; to decode it again: {again}", file=sys.stderr)
+            raise
 
 
 def long(request: Request, studio, stages: Stages, projector) -> None:
     """Makes a video piece by piece, of which each is on disk, and shown, before the next is begun.
 
-    Where an earlier run was stopped, it goes on after the last whole window.
+    Where an earlier run was stopped, it goes on after the last whole window, or as its queue last stood.
     """
     replace = request.overwrite or request.out == OUT
     reel = latents.Reel(request.latents, studio.shape(request.total), request.settings, replace)
     with reel:
-        if request.rolls:
-            # A queue is of no use without what its solver remembers, which is not kept.
-            reel.keep(0)
-            coming = studio.queue(request)
-        else:
-            coming = _windows(request, studio, reel)
+        coming = (_queue if request.rolls else _windows)(request, studio, reel)
         if reel.frames:
             stages.say(f"going on after latent frame {reel.frames} of {request.total}, from {reel.part}")
         try:
             show(request, _pieces(reel, coming, request.total), stages, projector)
         except BaseException:
-            if not request.rolls:
-                what = f"{reel.frames} of {request.total} latent frames are safe"
-                print(f"note: {what}; the same command goes on from there", file=sys.stderr)
+            safe = min(reel.frames, reel.noted) if request.rolls else reel.frames
+            what = f"{safe} of {request.total} latent frames are safe"
+            print(f"note: {what}; the same command goes on from there", file=sys.stderr)
             raise
         reel.finish()
+
+
+def _queue(request: Request, studio, reel: latents.Reel) -> Iterator:
+    """The same of a queue, which goes on from where it last said how it stood."""
+    past = reel.stored()
+    reel.keep(past[0] if past else 0)
+    return studio.queue(request, past, reel.store)
 
 
 def _windows(request: Request, studio, reel: latents.Reel) -> Iterator:

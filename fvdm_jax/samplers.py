@@ -51,9 +51,11 @@ def begin(process: Process, sampler: Sampler, noise: Latents, canvas: Latents, s
 def advance(process: Process, denoise: Denoiser, sampler: Sampler, carry: tuple, schedule: Schedule) -> tuple:
     """(x, the solver's memory) after the steps from the first row of a schedule [s f] to its last.
 
-    A schedule may be taken in pieces, each beginning with the row at which the one before ended.
+    A schedule may be taken in pieces, each beginning with the row at which the one before ended. Clips of a
+    batch that fall differently have one of their own each, [s b f].
     """
-    levels = jnp.broadcast_to(schedule[:, None], (schedule.shape[0], *carry[0].shape[:2]))
+    steps, frames = len(schedule), schedule.shape[-1]
+    levels = jnp.broadcast_to(schedule.reshape(steps, -1, frames), (steps, *carry[0].shape[:2]))
 
     def move(carry: tuple, step: tuple[Levels, Levels]) -> tuple[tuple, None]:
         (x, state), (now, then) = carry, step

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fvdm_jax import layouts, lora, sharding
 from fvdm_jax.guidance import Generation
@@ -15,25 +15,44 @@ from fvdm_jax.models import dit
 from fvdm_jax.program import Refusal
 
 
-def mesh(text: str, network: lora.Network, clip: tuple[int, int, int], rows: int) -> tuple[Mesh, str]:
-    """All devices, as `text` says or as is best for `rows` clips of (f, h, w), and how attention is done.
+class Layout(NamedTuple):
+    """Where work is done: on which mesh, `attention` in words, and how many `clips` at a time.
 
-    Raises Refusal where the text or the clip does not fit, or attention is not to be had as asked for.
+    Several clips lie along "data", one by one, each with its rows of guidance; of a single one the rows do.
+    """
+
+    over: Mesh
+    attention: str
+    clips: int = 1
+
+    @property
+    def batch(self) -> NamedSharding:
+        """For arrays [b …] of so many clips: whole on every device where it is one."""
+        return NamedSharding(self.over, PartitionSpec("data" if self.clips > 1 else None))
+
+
+def layout(
+    text: str, network: lora.Network, clip: tuple[int, int, int], rows: int, many: bool = False
+) -> Layout:
+    """All devices, as `text` says or as is best for the `rows` of a clip of (f, h, w).
+
+    With `many`, a text has as many clips made at a time as it has devices along "data". Raises Refusal where
+    the text or the clip does not fit, or attention is not to be had as asked for.
     """
     devices = jax.device_count()
-    work = layouts.work(network.config, clip, rows)
     try:
         sizes = sharding.sizes(
             text or layouts.recommended("sample", network.config, clip, devices, rows), devices
         )
+        clips = sizes["data"] if text and many else 1
         # What no layout can share, every device does for itself; but nobody is to ask for that.
-        if text and (wrong := layouts.problem(sizes, work)):
+        if text and (wrong := layouts.problem(sizes, layouts.work(network.config, clip, clips * rows))):
             raise ValueError(wrong)
         over = sharding.mesh(**sizes)
     except ValueError as wrong:
         raise Refusal("--mesh", str(wrong)) from wrong
     try:
-        return over, network.attention(over, clip)
+        return Layout(over, network.attention(over, clip), clips)
     except ValueError as wrong:
         raise Refusal("--mesh, --attention", str(wrong)) from wrong
 
@@ -59,7 +78,7 @@ def placed(over: Mesh, params: dict, config: dit.DiTConfig) -> dict:
 class Programs(NamedTuple):
     """What samples a clip, jitted: methods of a Generation, of which `advance` is called at every step.
 
-    What `begin`, `advance` and `cached` give is whole on every device, so that one program serves all steps.
+    What `begin`, `advance` and `cached` give lies where it was, so that one program serves all steps.
     """
 
     told: Callable
@@ -69,15 +88,19 @@ class Programs(NamedTuple):
     changes: Callable
 
 
-def programs(generation: Generation, over: Mesh) -> Programs:
-    """Those of a generation over a mesh, which must be set when they are called."""
+def programs(generation: Generation, over: Mesh, batch: NamedSharding | None = None) -> Programs:
+    """Those of a generation over a mesh, which must be set when they are called.
+
+    Clips lie as `batch` says, or else whole on every device.
+    """
     whole = sharding.replicated(over)
+    batch = batch or whole
     options = dit.options(generation.network.config, over.devices.flat[0].platform)
     return Programs(
         jax.jit(generation.told, compiler_options=options),
-        jax.jit(generation.begin, out_shardings=whole),
-        jax.jit(generation.advance, out_shardings=whole, compiler_options=options),
-        jax.jit(generation.cached, out_shardings=whole, compiler_options=options),
+        jax.jit(generation.begin, out_shardings=batch),
+        jax.jit(generation.advance, out_shardings=batch, compiler_options=options),
+        jax.jit(generation.cached, out_shardings=batch, compiler_options=options),
         jax.jit(generation.changes, out_shardings=whole, compiler_options=options),
     )
 

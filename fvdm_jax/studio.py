@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from fvdm_jax import caching, checkpoint, latents, lora, machine, programs, rollout, sampling, sharding, zoo
 from fvdm_jax.defaults import defaults
 from fvdm_jax.given import Given
-from fvdm_jax.guidance import Generation, Looks, Weights
+from fvdm_jax.guidance import Generation, Looks
 from fvdm_jax.kernels.parallel import Attending
 from fvdm_jax.models.dit import NO_EXTRA, Extra
 from fvdm_jax.process import PROCESSES
@@ -19,15 +20,29 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import Reader, padded, trimmed
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
-from fvdm_jax.schedule import SPACINGS, switch
+from fvdm_jax.schedule import SPACINGS
 from fvdm_jax.shapes import Latents, Schedule
+from fvdm_jax.steps import abreast, calls, guided, high, key, rows, weights
 from fvdm_jax.tasks import Task, text_to_video
 
 Look = Callable[[Latents, Latents, Schedule], None]
 """What is told of every step that is done: the clip before it and after it, and its two rows of levels."""
 
+Store = Callable[[int, list[np.ndarray]], None]
+"""What is told how a queue stands: how many frames there are, and what it goes on with."""
+
 ROOM = 1.5
 """How many times what an expert takes must be free for the other one to be loaded beside it."""
+
+
+class Shot(NamedTuple):
+    """A clip to be made: of which request, told what, from what task and noise, with what beside it."""
+
+    request: Request
+    prompt: str
+    task: Task
+    noise: Latents
+    extra: Extra = NO_EXTRA
 
 
 class Studio:
@@ -37,8 +52,11 @@ class Studio:
     weights and the strengths of LoRAs are data.
     """
 
-    def __init__(self, requests: list[Request], stages: Stages, look: Look | None = None):
-        """`requests` are those that will come, as of `commands.lines`: of other prompts, seeds, keeps."""
+    def __init__(self, requests: list[Request], stages: Stages, look: Look | None = None, many: bool = False):
+        """`requests` are those that will come, as of `commands.lines`: of other prompts, seeds, keeps.
+
+        With `many`, a mesh that is asked for makes several at a time, as of `sampling.layout`.
+        """
         self._stages, self._look, request = stages, look, requests[0]
         with stages("load"):
             machine.keep_compiled_programs()
@@ -50,11 +68,16 @@ class Studio:
             self._shape = (1, request.latent_frames, height, width, self.networks.vae.latent)
             network = lora.Network(config, attending=Attending(request.attention))
             looks = Looks(any(map(guided, requests)), request.history_windows if request.history != 1 else 0)
-            self._over, attention = sampling.mesh(request.mesh, network, self._shape[1:4], looks.count)
-        sizes = ", ".join(f"{name} {size}" for name, size in self._over.shape.items() if size > 1)
-        stages.say(f"attention by {attention}" + (f"; devices: {sizes}" if sizes else ""))
+            self._layout = sampling.layout(request.mesh, network, self._shape[1:4], looks.count, many)
+            self._over = self._layout.over
+        said = [f"attention by {self._layout.attention}"]
+        if sizes := ", ".join(f"{name} {size}" for name, size in self._over.shape.items() if size > 1):
+            said.append(f"devices: {sizes}")
+        if self._layout.clips > 1:
+            said.append(f"{self._layout.clips} clips at a time")
+        stages.say("; ".join(said))
         generation = Generation(network, PROCESSES[request.process], SAMPLERS[request.solver], looks)
-        self._config, self._programs = config, sampling.programs(generation, self._over)
+        self._config, self._programs = config, sampling.programs(generation, self._over, self._layout.batch)
         self._given = Given(request, dataclasses.replace(self.networks, dit=config), stages)
         self._compiled: dict[object, Callable] = {}
         self._plans: dict[object, np.ndarray] = {}
@@ -80,20 +103,47 @@ class Studio:
         """The shape of a clip of so many latent frames, [1 f h w c]."""
         return 1, frames, *self._shape[2:]
 
+    def batches(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """The requests, as many together as `clips` makes at a time, in their order.
+
+        Together go those whose experts change at the same step; and where steps are spared, of one schedule.
+        """
+        some: list[Request] = []
+        for one in requests:
+            if len(some) == self._layout.clips or some and self._kind(one) != self._kind(some[0]):
+                yield some
+                some = []
+            some.append(one)
+        yield some
+
+    def _kind(self, request: Request) -> tuple:
+        strength = [1.0] * request.latent_frames if self._model.pictures else request.strength
+        return high(request, strength), rows(request, strength).tobytes() if request.cache else b""
+
     def clip(self, request: Request) -> np.ndarray:
         """The denoised latents, float32 [1 f h w c] on the host, of a video that is made at once."""
-        if self._model.pictures:
-            task, extra = text_to_video(self._shape), self._given.extra(request, self._model.pictures)
-        else:
-            task, extra = self._given.task(request, self._shape), NO_EXTRA
-        self._stages.expect("denoise", len(rows(request, task.strength)) - 1)
-        if request is self._last:
+        return self.clips([request])[0]
+
+    def clips(self, requests: list[Request]) -> list[np.ndarray]:
+        """The latents of each of `batches`, which are made together; where there are too few, by the way."""
+        shots = [self._shot(one) for one in requests]
+        self._stages.expect("denoise", max(len(rows(shot.request, shot.task.strength)) for shot in shots) - 1)
+        last = requests[-1] is self._last
+        if last:
             self._given.forget()
-        made = np.asarray(self._denoised(request, request.prompt, task, self._begun(request), extra))
-        if request is self._last:
+        made = np.asarray(self._denoised([*shots, *shots[-1:] * (self._layout.clips - len(shots))]))
+        if last:
             # What decodes has the devices to itself.
             self._held.clear()
-        return made
+        return [made[i : i + 1] for i in range(len(shots))]
+
+    def _shot(self, request: Request) -> Shot:
+        task, extra = text_to_video(self._shape), NO_EXTRA
+        if self._model.pictures:
+            extra = self._given.extra(request, self._model.pictures)
+        else:
+            task = self._given.task(request, self._shape)
+        return Shot(request, request.prompt, task, self._begun(request), extra)
 
     def windows(self, request: Request, past: np.ndarray | None) -> Iterator[np.ndarray]:
         """The latents [1 k h w c] of a long video as they become final, window by window.
@@ -106,19 +156,24 @@ class Studio:
 
         def generate(task: Task, i: int) -> Latents:
             prompt = request.segments[min(i, len(request.segments) - 1)]
-            return self._denoised(request, prompt, task, self._noise(request.seed, i))
+            return self._denoised([Shot(request, prompt, task, self._noise(request.seed, i))])
 
         start = text_to_video(self._shape) if done else self._given.task(request, self._shape)
         return map(np.asarray, rollout.windows(generate, start, request.windows, seam, past))
 
-    def queue(self, request: Request) -> Iterator[np.ndarray]:
-        """The latents [1 1 h w c] of a video without end, frame by frame, by a queue in one window.
+    def queue(
+        self, request: Request, past: tuple[int, list] | None = None, store: Store | None = None
+    ) -> Iterator[np.ndarray]:
+        """The latents [1 k h w c] of a video without end, by a queue in one window: what is given, then each.
 
-        Of the window those `request.overlap` frames that are last clean are kept in sight.
+        Of the window those `request.overlap` frames that are last clean are kept in sight. Once in a queue's
+        length `store` is told how it stands, when the next frame is asked for: the latest of it, as `past`,
+        is where another run goes on.
         """
-        self._stages.expect("denoise", sum(calls(request)))
+        given, length = request.given, request.latent_frames - request.overlap
         params = self._transformer(self._model.transformers[0], request)
-        inputs = params, self._told(params, request.prompt, request.negative), self._put(weights(request, 0))
+        told = self._told(params, [(request.prompt, request.negative)])
+        inputs = params, told, self._put(weights(request, 0))
 
         def noise(i: int) -> Latents:
             drawn = jax.random.fold_in(key(request.seed), i)
@@ -127,9 +182,21 @@ class Studio:
         def advance(carry: tuple, schedule: Schedule) -> tuple:
             return self._stepped(inputs, carry, self._put(jnp.asarray(schedule)))
 
-        sigmas = SPACINGS[request.spacing](request.steps, request.shift)
-        begin, frames = self._programs.begin, request.latent_frames
-        return map(np.asarray, rollout.rolling(begin, advance, noise, sigmas, frames, request.overlap))
+        sigmas, begin = SPACINGS[request.spacing](request.steps, request.shift), self._programs.begin
+        queue = rollout.Queue(begin, advance, noise, sigmas, request.latent_frames, request.overlap, given)
+        if past is None:
+            canvas = self._put(self._given.task(request, self._shape).canvas)
+            begun = queue.start(canvas)
+            if given:
+                yield np.asarray(canvas[:, :given])
+        else:
+            like = jax.tree.structure(jax.eval_shape(begin, noise(0), noise(0), sigmas[:1, None]))
+            begun = rollout.Rolled(past[0], jax.tree.unflatten(like, self._put(past[1])))
+        self._stages.expect("denoise", sum(calls(request)[begun.next - given :]))
+        for frame, now in queue.roll(begun):
+            yield np.asarray(frame)
+            if store and (now.next - given) % length == 0:
+                store(now.next, list(map(np.asarray, jax.tree.leaves(now.carry))))
 
     def _begun(self, request: Request) -> Latents:
         """The noise that a short video begins with: the seed's, or a file's."""
@@ -142,28 +209,31 @@ class Studio:
         drawn = jax.random.fold_in(key(seed), window) if window else key(seed)
         return jax.random.normal(drawn, self._shape)
 
-    def _denoised(self, request: Request, prompt: str, task: Task, noise: Latents, extra=NO_EXTRA) -> Latents:
-        """What the model's transformers, one after the other, make of the noise, [1 f h w c]."""
-        levels = rows(request, task.strength)
-        # Experts change by the level of what is generated, whatever a kept frame's is.
-        high = switch(rows(request, np.sign(task.strength)), request.boundary)
-        parts = [levels] if len(self._model.transformers) == 1 else [levels[: high + 1], levels[high:]]
-        noise, canvas, levels = self._put((noise, task.canvas, jnp.asarray(levels)))
+    def _denoised(self, shots: list[Shot]) -> Latents:
+        """What the model's transformers, one after the other, make of as many clips as are made at a time."""
+        request, levels = shots[0].request, abreast([rows(s.request, s.task.strength) for s in shots])
+        change = high(request, shots[0].task.strength)
+        parts = [levels] if len(self._model.transformers) == 1 else [levels[: change + 1], levels[change:]]
+        given = [(shot.noise, shot.task.canvas, shot.extra) for shot in shots]
+        given = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *given) if len(shots) > 1 else given[0]
+        noise, canvas, extra = jax.device_put(given, self._layout.batch)
+        told = [(shot.prompt, shot.request.negative) for shot in shots], extra
         with jax.set_mesh(self._over):
-            carry = self._programs.begin(noise, canvas, levels)
+            carry = self._programs.begin(noise, canvas, self._put(jnp.asarray(levels)))
             carry = (*carry, jnp.zeros_like(noise)) if request.cache else carry
         for i, part in enumerate(parts):
             if len(part) > 1:
-                carry = self._part(request, i, (prompt, self._put(extra)), carry, part)
+                carry = self._part(request, i, told, carry, part)
         return carry[0]
 
-    def _part(self, request: Request, i: int, told: tuple, carry: tuple, levels: zoo.Matrix) -> tuple:
+    def _part(self, request: Request, i: int, told: tuple, carry: tuple, levels: np.ndarray) -> tuple:
         """The carry after the steps of transformer i; nothing of it is held here when the next is loaded."""
-        prompt, extra = told
         name = self._model.transformers[i]
         params = self._transformer(name, request)
-        inputs = params, self._told(params, prompt, request.negative, extra), self._put(weights(request, i))
-        calls = self._calls(request, name, params, levels) if request.cache else None
+        inputs = params, self._told(params, *told), self._put(weights(request, i))
+        # Those that are made together have one schedule then.
+        one = levels.reshape(len(levels), -1, levels.shape[-1])[:, 0]
+        calls = self._calls(request, name, params, one) if request.cache else None
         return self._stepped(inputs, carry, self._put(jnp.asarray(levels)), calls)
 
     def _stepped(
@@ -173,7 +243,8 @@ class Studio:
 
         With `calls` [s] it is that in which the network may be spared.
         """
-        what = f"denoise ({'x'.join(map(str, self._shape[1:4]))})"
+        many = f"{self._layout.clips} of " if self._layout.clips > 1 else ""
+        what = f"denoise ({many}{'x'.join(map(str, self._shape[1:4]))})"
         program = self._programs.advance if calls is None else self._programs.cached
         marks = [()] * (len(schedule) - 1) if calls is None else [(self._put(call),) for call in calls]
         with jax.set_mesh(self._over):
@@ -200,10 +271,10 @@ class Studio:
             self._stages.say(f"cache: {which} is called at {calls.sum()} of {len(calls)} steps")
         return self._plans[known]
 
-    def _told(self, params: dict, prompt: str, negative: str, extra: Extra = NO_EXTRA):
-        """What the steps need of prompts and pictures, made once."""
-        states = tuple(padded(self._read[text], self._length)[None] for text in (prompt, negative))
-        inputs = params, self._put(states), extra
+    def _told(self, params: dict, prompts: list[tuple[str, str]], extra: Extra = NO_EXTRA):
+        """What the steps need of (prompt, negative) of each clip, and of pictures, made once."""
+        both = ([padded(self._read[pair[i]], self._length) for pair in prompts] for i in (0, 1))
+        inputs = params, jax.device_put(tuple(map(np.stack, both)), self._layout.batch), extra
         with jax.set_mesh(self._over):
             told = self._program("prompt", self._programs.told, *inputs)
             with self._stages("text"):
@@ -247,49 +318,3 @@ class Studio:
     def _put(self, tree):
         """Arrays that are whole on every device."""
         return jax.device_put(tree, sharding.replicated(self._over))
-
-
-def rows(request: Request, strength) -> zoo.Matrix:
-    """The level of every frame of a window at every step, [s + 1 f], where they take part so much, [f].
-
-    Those that the request has itself may change over the steps; a later window's do not.
-    """
-    sigmas, strength = SPACINGS[request.spacing](request.steps, request.shift), np.float32(strength)
-    own = np.float32(request.strength[: len(strength)])
-    settled = request.settled[: len(strength)] if np.array_equal(strength, own) else None
-    return zoo.levels(request.schedule, sigmas, strength, settled)
-
-
-def calls(request: Request) -> list[int]:
-    """Calls of the network for each window of a video; of a queue for the first frame and each later one."""
-    if request.rolls:
-        ends = [request.steps + i * request.steps // (request.latent_frames - request.overlap)
-                for i in range(request.total)]  # fmt: skip
-        return np.diff(ends, prepend=0).tolist()
-    first = len(rows(request, request.strength[: request.latent_frames])) - 1
-    if request.length is None:
-        return [first]
-    kept = request.latent_frames - request.new
-    later = rows(request, np.repeat([0.0, 1.0], [kept, request.new]))
-    return [first] + [len(later) - 1] * (request.windows - 1)
-
-
-def guided(request: Request) -> bool:
-    """Whether the network is asked of the prompt and of the negative one."""
-    told = request.segments or (request.prompt,)
-    return request.guidance not in (1, (1, 1)) and any(prompt != request.negative for prompt in told)
-
-
-def weights(request: Request, expert: int) -> Weights:
-    """How strongly an expert is made to listen, float32."""
-    text = request.guidance[expert] if isinstance(request.guidance, tuple) else request.guidance
-    noise = request.context_noise
-    context, power = noise if isinstance(noise, tuple) else (noise, 0.0)
-    history = request.history, request.history_level
-    given = Weights(text, *history, *request.interval, request.rescale, context, power)
-    return jax.tree.map(jnp.float32, given)
-
-
-def key(seed: int):
-    """jax.random.key of a seed of 64 bits, of which jax by itself takes 32."""
-    return jax.random.wrap_key_data(np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32))

@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
-    7: "given projector studio sample data.job data.encoder data.precompute"
+    7: "given projector steps studio sample data.job data.encoder data.precompute"
     " runs measures export previews saving train_run train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
@@ -27,7 +27,7 @@ FLOORS = {
     " planning.estimates conditioning caching",
     3: "coverage kernels.flash kernels.splash kernels.cudnn kernels.attention kernels.parallel models.layers"
     " models.causal",
-    2: "stopping program presence goodput machine programs chips planning.hlo planning.collectives"
+    2: "stopping claims program presence goodput machine programs chips planning.hlo planning.collectives"
     " planning.aot planning.published progress media clips decode video keeps latents zoo rules presets"
     " prompt_files defaults flags request commands explain sharding process schedule tasks levels weights"
     " optimisers models.tokenizer data.textures data.source metrics sight judge data.folder data.records"

@@ -117,8 +117,8 @@ def test_every_row_of_guidance_is_given_the_same():
     negative, rows = 0.5 * text[:, ::-1], jnp.array([[0.9, 0.5, 0.2], [0.4, 0.0, 0.1]])
     network, params = Network(reference.config), {"dit": reference.params}
     told, made = step(Looks(), (reference.config, reference.params), (text, negative), extra, 3.0, x, rows)
-    assert np.array_equal(told.channels, np.concatenate([extra.channels] * 2))
-    first, second = (np.split(keys, 2, axis=1) for keys in (told.prompt.image.k, told.prompt.text.k))
+    assert np.array_equal(told.channels, np.repeat(extra.channels, 2, 0))
+    first, second = ((keys[:, ::2], keys[:, 1::2]) for keys in (told.prompt.image.k, told.prompt.text.k))
     assert np.array_equal(*first) and not np.array_equal(*second)
     run, levels = jax.jit(network.velocity), jnp.stack([1000 * rows[0]] * 2)
     with_text, without = (run(params, x, levels, each, extra) for each in (text, negative))

@@ -13,7 +13,7 @@ from convert.__main__ import main
 from convert.torch_file import read_grouped
 from fvdm_jax.data.encoder import identity
 from fvdm_jax.data.records import Reader, verify
-from fvdm_jax.program import Refusal, run
+from fvdm_jax.program import Refusal, alone, run
 
 LENGTH, WIDTH, CHANNELS = small.NETWORKS.text.length, small.NETWORKS.text.width, 8
 
@@ -155,3 +155,13 @@ def test_groups_of_tensors_are_one_deep_and_named_once(tmp_path):
             read_grouped(path)
     path.write_bytes(cases.saved(cases.state(a=cases.state(b=tensor), c=tensor)))
     assert read_grouped(path).keys() == {"a/b", "c"}
+
+
+def test_of_two_that_add_to_a_folder_at_once_one_is_refused(capfd):
+    cache("a.mp4", *drawn(0))
+    listed("a.mp4,a cat")
+    with alone(Path("out")):
+        assert run(main, ["set", "out"]) == 2 and not Path("out").exists()
+    assert "error: out: is being made by another process; wait for it" in capfd.readouterr().err
+    assert run(main, ["set", "out"]) == 0 and len(records()) == 1
+    assert sorted(path.name for path in Path().iterdir()) == ["out", "set"]

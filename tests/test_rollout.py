@@ -13,9 +13,9 @@ import pytest
 from test_gaussian import CORRELATION, FRAMES, exact
 from test_laws import lonely, sociable
 
-from fvdm_jax import zoo
+from fvdm_jax import rollout, zoo
 from fvdm_jax.process import flow
-from fvdm_jax.rollout import Seam, extend, rolling, windows
+from fvdm_jax.rollout import Seam, extend, windows
 from fvdm_jax.samplers import SAMPLERS, advance, begin, sample
 from fvdm_jax.schedule import pusa, schedule
 from fvdm_jax.tasks import text_to_video
@@ -161,7 +161,14 @@ class Queue:
         self.rows, self.traces, self.shapes = [], [], set()
         self._advance = jax.jit(partial(self._traced, sampler, denoise))
         start = jax.jit(partial(begin, flow, sampler))
-        self.frames = rolling(start, self._called, noise, pusa(steps, shift), frames, context)
+        self.queue = rollout.Queue(start, self._called, noise, pusa(steps, shift), frames, context)
+        self.coming = self.queue.roll(self.queue.start())
+
+    def behind(self, canvas: np.ndarray, stood: rollout.Rolled | None = None) -> "Queue":
+        """The same behind frames that are given, from its beginning or from where it stood."""
+        self.queue = self.queue._replace(given=canvas.shape[1])
+        self.coming = self.queue.roll(stood or self.queue.start(canvas))
+        return self
 
     def _traced(self, sampler, denoise, carry, rows):
         self.traces.append(rows.shape)
@@ -173,7 +180,9 @@ class Queue:
         return self._advance(carry, rows)
 
     def take(self, number: int) -> np.ndarray:
-        return np.concatenate(list(islice(self.frames, number)), axis=1)
+        made = list(islice(self.coming, number))
+        self.stood = made[-1][1]
+        return np.concatenate([frame for frame, _ in made], axis=1)
 
 
 # Frames in the window, of which so many are clean, and the steps of a frame: evenly apart, rounded, and more
@@ -236,7 +245,7 @@ def test_a_frame_that_is_never_asked_for_costs_no_noise():
 @pytest.mark.parametrize("context", [-1, 4, 5])
 def test_a_queue_without_room_is_refused(context):
     with pytest.raises(ValueError, match="context of 0 to 3"):
-        rolling(None, None, None, pusa(4), 4, context)
+        rollout.Queue(None, None, None, pusa(4), 4, context).start()
 
 
 def covariance(made: np.ndarray) -> np.ndarray:

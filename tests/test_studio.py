@@ -81,8 +81,8 @@ def test_an_expert_makes_room_for_the_other(here, experts, monkeypatch):
     assert gone == [True] and not studio._held
 
 
-@pytest.mark.thorough
-def test_each_expert_has_its_own_guidance_and_loras(here, experts):
+def taught(here: Path, experts: Path) -> tuple[dict, dict]:
+    """The first expert's parameters, and the pairs of a LoRA that is written to `taught`."""
     params = load_tree(experts / "dit_high.safetensors")
     config = checkpoint.network(experts, "dit_high")
     pairs = lora.init(jax.random.key(0), lora.abstract(checkpoint.dit.abstract(config), 2))
@@ -96,6 +96,12 @@ def test_each_expert_has_its_own_guidance_and_loras(here, experts):
     import orbax.checkpoint as ocp
 
     ocp.PyTreeCheckpointer().save((here / "taught/adapters").absolute(), {"low_rank": pairs})
+    return params, pairs
+
+
+@pytest.mark.thorough
+def test_each_expert_has_its_own_guidance_and_loras(here, experts):
+    params, pairs = taught(here, experts)
     merged = lora.merge(params, lora.Adapters(pairs, {}), 0.5)
     other = here / "other"
     other.mkdir()
@@ -140,7 +146,12 @@ def test_one_program_whatever_is_asked(here, model, monkeypatch):
         ("--length 0.5", "is less than a window of 9 frames, 1.12 seconds"),
         ("--length 3 --overlap 2 --anchors 1", "leave nothing of a window of 3 latent frames"),
         ("--length 3 --keep last=a.png", "has no last frame to be kept"),
-        ("--length 3 --schedule rolling --keep 0=a.png", "by a queue keeps nothing"),
+        (
+            "--length 3 --schedule rolling --keep 1=a.png",
+            "keeps its first frames alone, and whole; give 0=FILE:0",
+        ),
+        ("--length 3 --schedule rolling --keep 0=a.png:0.5", "by a queue keeps its first frames alone"),
+        ("--length 3 --schedule rolling --anchors 1", "by a queue has no anchors, and one prompt"),
         ("--prompts none.txt", "--prompts: none.txt cannot be read"),
         ("--prompts empty.txt", "empty.txt has 0 lines"),
         ("--prompts bad.jsonl", "--prompts bad.jsonl line 2: is no JSON object"),

@@ -1,0 +1,64 @@
+"""One process of a host at a time makes an output: by a lock beside it, which ends with its process."""
+
+import contextlib
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    # Not on Windows.
+    fcntl = None
+
+
+@contextlib.contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Around the making of `target`. Raises BlockingIOError where another process makes it.
+
+    Where there can be no lock, whoever is done first has the name.
+    """
+    path = target.with_name(f".fvdm-{zlib.crc32(os.fsencode(target.name)):08x}.lock")
+    held = _locked(path, os.O_CREAT)
+    try:
+        yield
+    finally:
+        if held is not None:
+            path.unlink(missing_ok=True)
+            os.close(held)
+
+
+def clear(folder: Path) -> None:
+    """Removes the locks that killed processes have left in a folder."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"\.fvdm-[0-9a-f]{8}\.lock", name):
+            with contextlib.suppress(OSError):
+                if (held := _locked(folder / name)) is not None:
+                    (folder / name).unlink()
+                    os.close(held)
+
+
+def _locked(path: Path, create: int = 0) -> int | None:
+    """A descriptor that has the lock, None where there is none to be had. Raises BlockingIOError."""
+    while True:
+        try:
+            held = os.open(path, os.O_RDWR | create)
+        except OSError:
+            return None
+        try:
+            if fcntl:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(held), os.stat(path)):
+                return held
+        except FileNotFoundError:
+            # It was removed before it was locked.
+            pass
+        except BlockingIOError:
+            os.close(held)
+            raise
+        except OSError:
+            # A mount without locks.
+            return held
+        os.close(held)

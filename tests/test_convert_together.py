@@ -1,0 +1,75 @@
+"""Two converters on one output: one makes it, and the other says so in a line."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_convert_program import ROOT, contents, convert, put, weights
+
+from fvdm_jax import claims
+from fvdm_jax.program import Refusal, folder_output
+
+BUSY = "is being made by another process; wait for it, or give another name"
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return put(tmp_path / "in", weights("dit_t2v"))
+
+
+def test_the_second_is_refused_and_the_first_goes_on(tmp_path, source):
+    out = tmp_path / "out"
+    with folder_output(out) as draft:
+        (draft / "ours").write_text("x")
+        with pytest.raises(Refusal, match=BUSY):
+            convert(source, out)
+        # Another name is free.
+        convert(source, tmp_path / "other")
+    assert [path.name for path in out.iterdir()] == ["ours"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out"]
+
+
+def test_without_locks_the_first_to_end_has_the_name(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(claims, "fcntl", None)
+    out = tmp_path / "out"
+    with pytest.raises(Refusal, match="has been made by another process"), folder_output(out) as draft:
+        (draft / "ours").write_text("x")
+        convert(source, out)
+    whole = contents(out)
+    shutil.rmtree(out)
+    convert(source, out)
+    assert contents(out) == whole and sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_a_killed_one_left_is_no_claim(tmp_path):
+    for name in (".fvdm-0123abcd.lock", ".fvdm-89ab4567.lock"):
+        (tmp_path / name).write_bytes(b"")
+    with claims.claimed(tmp_path / "held"):
+        with folder_output(tmp_path / "out"):
+            pass
+        (lock,) = tmp_path.glob(".fvdm-*")
+        with pytest.raises(BlockingIOError), claims.claimed(tmp_path / "held"):
+            pass
+        assert lock.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_started_at_once_leave_one_whole_output(tmp_path, source):
+    convert(source, tmp_path / "whole")
+    command = [sys.executable, "-m", "convert", str(source), str(tmp_path / "out")]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes and set(codes) <= {0, 2}, said
+    for code, (_, errors) in zip(codes, said, strict=True):
+        if code:
+            assert BUSY in errors.splitlines()[-1] and errors.count("error: ") == 1, errors
+    # Who came when it was done found it complete.
+    assert sum("wrote" in out for out, _ in said) == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
