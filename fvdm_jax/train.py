@@ -15,7 +15,7 @@ ASK, SLOW = 10, 1.0
 
 
 def main(argv: list[str]) -> int:
-    """Trains what `argv` asks for. Returns 130 or 143 where it was stopped."""
+    """Trains what `argv` asks for. Returns 130 or 143 where it was stopped, 1 where a replay differs."""
     presence.glance(argv)
     asked = parse(argv)
     join(asked.flags)
@@ -28,6 +28,10 @@ def main(argv: list[str]) -> int:
         return export(asked, made)
     feed = feeding(asked, made)
     made.check(feed.sizes)
+    if asked.flags.replay is not None:
+        from fvdm_jax.replay import replay
+
+        return replay(asked, made, feed)
     tell(asked, made, feed)
     if asked.flags.plan:
         return 0
