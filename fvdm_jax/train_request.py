@@ -15,7 +15,7 @@ HELP = """
   python -m fvdm_jax.train CONFIG.py --out run --replay 500    whether those steps give the same bits again
   python -m fvdm_jax.train CONFIG.py --out run --synthetic --steps 20       without data
 Ctrl-C and SIGTERM save before the program ends (exit codes 130 and 143); a second one ends it at once. Where
-another process of the run dies or hangs, all end within half a minute with exit code 75 (134, by jax, where
+another process of the run dies or hangs, all end within twenty seconds with exit code 75 (134, by jax, where
 it was the first one that died): start the run again. On every host of a pod the same command is run with
 --distributed, under Slurm and on GKE too; --out, --model and --data are folders that all of them share.
 """

@@ -1,6 +1,5 @@
 """Steps of a run made again: the same bits, or the first array and device that has others."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_a_sound_run_says_the_same_again(whole, config, capsys):
     """Between two checkpoints, from the start, and after the last one; while a run has the folder, too."""
     place, before = Presence(whole), content(whole)
     place.take()
-    spans = {"7": (5, 8), "8": (5, 8), "3": (1, 4)}
+    spans = {"8": (5, 8), "3": (1, 4)}
     for step, (first, last) in spans.items():
         assert train(config, whole, *FLAGS, "--replay", step) == 0
         said = capsys.readouterr().out.splitlines()
@@ -84,9 +83,6 @@ def test_a_step_that_once_went_wrong_is_found_and_its_array_named(whole, config,
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith(f"steps 5 to 8, and what was saved, differ: {path} on device ")
     assert told.endswith("first, of 1 arrays")
-    # What came after was made soundly of what is wrong here.
-    assert json.loads((out / "run.json").read_text())["settings"]["steps"] == 12
-    assert train(config, out, *FLAGS, "--replay", "4") == 0
 
 
 @pytest.mark.fault("T18")
