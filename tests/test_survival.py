@@ -109,10 +109,12 @@ def made(out: Path) -> list[tuple]:
 def committed(out: Path) -> dict[int, float]:
     """The checkpoints of a run, and the seconds that each took to be written."""
     seconds = {}
-    for path in (out / "checkpoints").glob("*"):
-        if path.name.isdigit():
-            told = json.loads((path / "_CHECKPOINT_METADATA").read_text())
-            seconds[int(path.name)] = (told["commit_timestamp_nsecs"] - told["init_timestamp_nsecs"]) / 1e9
+    for path in (out / "checkpoints").glob("[0-9]*/_CHECKPOINT_METADATA"):
+        # Of one that was being deleted when the run was killed the rest may be there.
+        if path.parent.name.isdigit():
+            told = json.loads(path.read_text())
+            taken = told["commit_timestamp_nsecs"] - told["init_timestamp_nsecs"]
+            seconds[int(path.parent.name)] = taken / 1e9
     return seconds
 
 
