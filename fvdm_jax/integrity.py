@@ -32,25 +32,36 @@ class Digest(NamedTuple):
     strays: tuple[int, ...] = ()
 
 
+class Summed(NamedTuple):
+    """The paths of arrays; the devices of all processes, by number; and what each sums of its parts,
+    [device n 3]: both sums, and whether all is finite."""
+
+    paths: list[str]
+    devices: list[int]
+    sums: np.ndarray
+
+
 def digests(tree) -> dict[str, Digest]:
     """The Digest of every array of a tree, by its path in it; the arrays lie over a mesh."""
+    found = summed(tree)
+    each = zip(found.paths, jax.tree.leaves(tree), strict=True)
+    return {path: _digest(leaf, found.devices, found.sums[:, i]) for i, (path, leaf) in enumerate(each)}
+
+
+def summed(tree) -> Summed:
+    """The sums of every array of a tree on every device; the arrays lie over a mesh."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     # All are begun before the first is waited for.
-    sums = [_sums(leaf, leaf.sharding.mesh, leaf.sharding.spec) for _, leaf in leaves]
-    rows = _everyones(sums)
-    return {path_name(path): _digest(leaf, rows[:, i]) for i, (path, leaf) in enumerate(leaves)}
-
-
-def _everyones(sums: list[jax.Array]) -> np.ndarray:
-    """[device n 4]: by the devices of all processes, their number and the sums of n arrays."""
-    devices = [shard.device for shard in sums[0].addressable_shards]
-    held = [{shard.device: np.asarray(shard.data)[0] for shard in each.addressable_shards} for each in sums]
-    rows = np.array([[(device.id, *each[device]) for each in held] for device in devices], np.uint32)
+    begun = [_sums(leaf, leaf.sharding.mesh, leaf.sharding.spec) for _, leaf in leaves]
+    devices = [shard.device for shard in begun[0].addressable_shards]
+    held = [{shard.device: np.asarray(shard.data)[0] for shard in each.addressable_shards} for each in begun]
+    sums = np.array([[each[device] for each in held] for device in devices], np.uint32)
+    numbers = np.array([device.id for device in devices])
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        rows = multihost_utils.process_allgather(rows, tiled=True)
-    return rows
+        numbers, sums = multihost_utils.process_allgather((numbers, sums), tiled=True)
+    return Summed([path_name(path) for path, _ in leaves], numbers.tolist(), sums)
 
 
 def path_name(path) -> str:
@@ -58,11 +69,11 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _digest(leaf: jax.Array, rows: np.ndarray) -> Digest:
-    """Of what each device has of an array, [device 4]."""
+def _digest(leaf: jax.Array, devices: list[int], sums: np.ndarray) -> Digest:
+    """Of what each of the devices has of an array, [device 3]."""
     places = {device.id: str(at) for device, at in leaf.sharding.devices_indices_map(leaf.shape).items()}
     parts = defaultdict(list)
-    for device, *row in rows.tolist():
+    for device, row in zip(devices, sums.tolist(), strict=True):
         parts[places[device]].append((device, tuple(row)))
     usual = {place: Counter(row for _, row in held).most_common(1)[0][0] for place, held in parts.items()}
     strays = [device for place, held in parts.items() for device, row in held if row != usual[place]]

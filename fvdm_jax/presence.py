@@ -21,8 +21,8 @@ from fvdm_jax.program import Refusal, alive, plain
 OWNER, BEATS = "owner.json", "beats"
 BEAT = 1.5
 """Seconds between the counts; a bucket's object may be written once a second."""
-SILENCE = 20.0
-"""Seconds without a count after which a process is taken for dead or hung."""
+SILENCE = 16.0
+"""Seconds without a count after which a process is taken for dead or hung: the others end within 20 s."""
 STRANGE = 5.0
 """The same for the owner of a folder, on another host, that another run would have."""
 AGAIN = 75
@@ -126,7 +126,7 @@ class Presence:
 
 def glance(argv: Sequence[str]) -> None:
     """Raises Refusal where a command line's --out is in use on this host: at once, before jax is there."""
-    if {"--takeover", "--plan", "--export", "--host"} & set(argv):
+    if {"--takeover", "--plan", "--export", "--replay", "--host"} & set(argv):
         return
     for folder in (Path(argv[i + 1]) for i, word in enumerate(argv[:-1]) if word == "--out"):
         held = _read(folder / OWNER)

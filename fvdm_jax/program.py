@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fvdm_jax import claims
-from fvdm_jax.stopping import interruptible
+from fvdm_jax.stopping import TERMINATED, interruptible
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _REMEDY = "free some space or choose another place; nothing was left behind"
@@ -185,8 +185,12 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 
 def leave(code: int) -> NoReturn:
     """Ends the process; when it was stopped at once, without waiting for what the device still computes."""
-    if code == 130:
+    if code in (130, TERMINATED):
+        import multiprocessing
+
         sys.stderr.flush()
+        for child in multiprocessing.active_children():
+            child.kill()
         os._exit(code)
     sys.exit(code)
 

@@ -158,12 +158,18 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def restore(self, wanted: TrainState, fallback: bool = True) -> tuple[TrainState, Position]:
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, wanted: TrainState, fallback: bool = True, only: int | None = None
+    ) -> tuple[TrainState, Position]:
         """The newest sound state, in the places of the shapes `wanted`, on whatever mesh it was saved.
 
         Damaged checkpoints that are newer are told of and set aside, as STEP.corrupt. Raises Refusal where
         none is sound, where a damaged one is newest and there is to be no `fallback`, and where what was
-        saved has other arrays.
+        saved has other arrays. With `only` it is the state of that step, or a Refusal.
         """
         import orbax.checkpoint as ocp
 
@@ -172,7 +178,10 @@ class Checkpoints:
         def read(step: int) -> dict:
             return self._manager.restore(step, args=args)["state"]
 
-        state, stored = self._first_sound(read, raw(wanted), fallback)
+        fallback = fallback and only is None
+        state, stored = self._first_sound(
+            read, raw(wanted), fallback, self.steps() if only is None else [only]
+        )
         key = jax.random.wrap_key_data(state["key"])
         return TrainState(**(state | {"key": key})), Position(**stored["position"])
 
@@ -186,18 +195,21 @@ class Checkpoints:
         def read(step: int) -> dict:
             return ocp.PyTreeCheckpointer().restore(self._folder / str(step) / "state", args=args)
 
-        found, stored = self._first_sound(read, {name: wanted}, True)
+        found, stored = self._first_sound(read, {name: wanted}, True, self.steps())
         return found[name], stored["position"]["batch"]
 
-    def _first_sound(self, read: Callable[[int], dict], wanted: dict, fallback: bool) -> tuple[dict, dict]:
+    def _first_sound(
+        self, read: Callable[[int], dict], wanted: dict, fallback: bool, steps: list[int]
+    ) -> tuple[dict, dict]:
         damaged = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(steps):
             try:
                 found = self._checked(step, read, wanted)
             except Damaged as wrong:
                 damaged[step] = f"the checkpoint of step {step} is damaged: {plain(wrong, 300)}"
                 if not fallback:
-                    raise Refusal(self._folder, damaged[step], "leave --no-fallback out") from wrong
+                    right = "leave --no-fallback out, or take another step"
+                    raise Refusal(self._folder, damaged[step], right) from wrong
                 continue
             for bad, why in damaged.items():
                 done = "passed over" if self._read_only else "set aside"

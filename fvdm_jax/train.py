@@ -10,12 +10,12 @@ from fvdm_jax.program import Refusal
 from fvdm_jax.stopping import deferred
 from fvdm_jax.train_request import Asked, parse
 
-ASK, SLOW = 10, 1.0
-"""Steps after which processes ask each other whether one was told to stop; seconds of a step that is slow."""
+ASK, SOON = 10, 1.0
+"""Steps after which processes ask each other whether one was told to stop, and seconds, whichever is less."""
 
 
 def main(argv: list[str]) -> int:
-    """Trains what `argv` asks for. Returns 130 or 143 where it was stopped."""
+    """Trains what `argv` asks for. Returns 130 or 143 where it was stopped, 1 where a replay differs."""
     presence.glance(argv)
     asked = parse(argv)
     join(asked.flags)
@@ -28,6 +28,10 @@ def main(argv: list[str]) -> int:
         return export(asked, made)
     feed = feeding(asked, made)
     made.check(feed.sizes)
+    if asked.flags.replay is not None:
+        from fvdm_jax.replay import replay
+
+        return replay(asked, made, feed)
     tell(asked, made, feed)
     if asked.flags.plan:
         return 0
@@ -35,7 +39,9 @@ def main(argv: list[str]) -> int:
 
     with deferred() as stopped, contextlib.ExitStack() as closing:
         place = closing.enter_context(placed(asked.flags))
-        return train(begin(asked, made, feed, place, closing), stopped)
+        code = train(begin(asked, made, feed, place, closing), stopped)
+    part()
+    return code
 
 
 def export(asked: Asked, made) -> int:
@@ -71,6 +77,14 @@ def join(flags) -> None:
         except ValueError as wrong:
             what = f"finds no other processes ({wrong})"
             raise Refusal("--distributed", what, "give --coordinator, --hosts and --host") from wrong
+
+
+def part() -> None:
+    """Leaves the other processes, when all are here: a process that then ends at once ends no other."""
+    import jax
+
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
@@ -189,8 +203,8 @@ def train(run, stopped: Callable[[], int]) -> int:
 class Asking:
     """The exit code that any process was asked for, the same for all of them at the same step.
 
-    They ask each other every ASK steps, since to ask takes the device, which has to end its step first;
-    where steps take longer than SLOW seconds, after each.
+    They ask each other every ASK steps, since to ask takes the device, which has to end its step first, and
+    where steps are slow about every SOON seconds, but not within a step.
     """
 
     def __init__(self):
@@ -208,8 +222,8 @@ class Asking:
         from fvdm_jax.together import most
 
         now = time.monotonic()
-        slow = most((now - self._asked) / self._steps) > SLOW
-        self._every, self._asked, self._steps = 1 if slow else ASK, now, 0
+        step = most((now - self._asked) / self._steps)
+        self._every, self._asked, self._steps = max(1, min(ASK, int(SOON / max(step, 1e-3)))), now, 0
         return int(most(code))
 
 

@@ -12,9 +12,10 @@ HELP = """
   python -m fvdm_jax.train CONFIG.py --out run        trains; goes on where a run in that folder has stopped
   python -m fvdm_jax.train CONFIG.py --plan           what it will take, and how near it comes to each task
   python -m fvdm_jax.train CONFIG.py --out run --export lora    what it has learned, for sample and convert
+  python -m fvdm_jax.train CONFIG.py --out run --replay 500    whether those steps give the same bits again
   python -m fvdm_jax.train CONFIG.py --out run --synthetic --steps 20       without data
 Ctrl-C and SIGTERM save before the program ends (exit codes 130 and 143); a second one ends it at once. Where
-another process of the run dies or hangs, all end within half a minute with exit code 75 (134, by jax, where
+another process of the run dies or hangs, all end within twenty seconds with exit code 75 (134, by jax, where
 it was the first one that died): start the run again. On every host of a pod the same command is run with
 --distributed, under Slurm and on GKE too; --out, --model and --data are folders that all of them share.
 """
@@ -31,6 +32,9 @@ def parser(config=None) -> Parser:
     flags.add_argument("--synthetic", action="store_true", help="train on noise, without data or weights")
     flags.add_argument(
         "--export", type=Path, metavar="FOLDER", help="write what the run has learned, and stop"
+    )
+    flags.add_argument(
+        "--replay", type=whole, metavar="STEP", help="make a run's steps again and compare the bits, and stop"
     )
     flags.add_argument(
         "--profile", type=whole, default=0, metavar="N", help="trace N steps, after two of warm-up"
@@ -114,6 +118,9 @@ def _check(flags) -> None:
         )
     if flags.out and flags.out.exists() and not flags.out.is_dir():
         raise Refusal("--out", f"{flags.out} is no folder", "give the name of one")
+    if flags.replay is not None and (flags.replay < 1 or flags.export or flags.plan):
+        what = f"{flags.replay} is no step, or --export or --plan is asked for too"
+        raise Refusal("--replay", what, "give it alone, with the number of a step from 1 on")
     if flags.export and flags.export.exists():
         raise Refusal("--export", f"{flags.export} exists", "give a name that is free")
     if flags.export and (flags.distributed or flags.coordinator):

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fvdm_jax import presence, previews, programs, runs, saving
+from fvdm_jax import budget, presence, previews, programs, runs, saving
 from fvdm_jax.data.feed import gathered
 from fvdm_jax.goodput import Ledger
-from fvdm_jax.integrity import path_name
+from fvdm_jax.integrity import digests, path_name
 from fvdm_jax.measures import Meter, NotFinite
 from fvdm_jax.program import Refusal, plain
 from fvdm_jax.saving import PATIENCE, Position
@@ -143,6 +143,14 @@ def _too_much(trainer, failure: Exception) -> tuple[str, str]:
     return what, "give a smaller --batch, more --parts, --remat full, fsdp in --mesh, or --offload"
 
 
+def loaded(asked, made, begins: bool) -> tuple[dict, dict | None]:
+    """What stands still, and the parameters that a run starts from where it `begins`, if there are any."""
+    if not (asked.settings.rank or begins):
+        return {}, None
+    invent = asked.flags.synthetic and not Path(asked.settings.model).is_dir()
+    return (made.invented(), None) if invent else made.load()
+
+
 def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitStack) -> Run:
     """The run in its folder: from where it stopped if it has, else from the start."""
     settings, out, first = asked.settings, asked.flags.out, jax.process_index() == 0
@@ -151,22 +159,19 @@ def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitS
     tell = print if first else (lambda line: None)
     checkpoints = saving.Checkpoints(out, settings, tell=tell)
     closing.callback(checkpoints.close)
-    invent = asked.flags.synthetic and not Path(settings.model).is_dir()
-    newest, position, params, frozen = checkpoints.newest(), Position(0, 0), None, {}
-    if settings.rank or newest is None:
-        frozen, params = (made.invented(), None) if invent else made.load()
+    newest, position = checkpoints.newest(), Position(0, 0)
+    frozen, params = loaded(asked, made, begins=newest is None)
     if newest is None:
         state = made.start(params)
+        # The first save, which may have to be quick, is to find its programs compiled.
+        digests(saving.raw(state))
         if first:
             runs.write_settings(out, settings, asked.options, Path(asked.flags.config))
     else:
         with ledger.doing("restore"):
             state, position = checkpoints.restore(made.state, not asked.flags.no_fallback)
         tell("\n".join([*notes, f"goes on after step {position.batch} of {settings.steps}"]))
-    tell(
-        f"a checkpoint is {saving.size(saving.raw(made.state)) / 2**20:,.1f} MiB,"
-        f" every {settings.save_every} steps"
-    )
+    tell(budget.told(out, saving.raw(made.state), settings.save_every))
     log = runs.Log(out, position.batch if newest is not None else -1) if first else None
     if log:
         closing.callback(log.close)

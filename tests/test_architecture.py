@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # A module imports only from lower floors; within a floor, only from those named before it on its line.
 FLOORS = {
     7: "given projector steps studio sample data.job data.encoder data.precompute"
-    " runs measures export previews saving train_run train_request train"
+    " runs measures export previews budget saving train_run replay train_request train"
     " planning.programs planning.request plan measuring.race measuring.workloads measuring.baseline bench"
     " evaluating.cases evaluating.scores evaluating.picture evaluating.generate evaluating.run"
     " evaluating.table evaluating.vbench evaluating.page evaluate session serving.form serving.work"
@@ -183,6 +183,15 @@ def test_the_flags_are_those_agreed():
     )
 
 
+def test_the_flags_of_training_are_those_agreed():
+    from fvdm_jax.train_request import parser
+
+    assert sorted(parser()._option_string_actions) == sorted(
+        "--debug --out --plan --synthetic --export --replay --profile --allow-change --no-fallback --takeover"
+        " --distributed --coordinator --hosts --host".split()
+    )
+
+
 def test_the_converters_flags_are_those_agreed():
     from convert.__main__ import parser
 
@@ -204,6 +213,17 @@ def test_choices_that_are_spelled_without_jax_are_those_of_the_library():
     assert set(SOLVERS) == set(SAMPLERS) and set(SPACINGS) == set(TABLES)
     assert KERNELS == ("auto", *IMPLEMENTATIONS)
     assert set(REQUESTED) == set(PROCESSES) and defaults.PATCH == dit.PATCH
+
+
+def test_every_fault_of_training_has_a_test_and_a_line():
+    wanted = {f"T{number}" for number in range(1, 21)}
+    found = set()
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                found |= {argument.value for argument in node.args}
+    assert found == wanted
+    assert wanted == set(re.findall(r"\| (T\d+) \|", (ROOT / "tests/README.md").read_text()))
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from small import train
 
-from fvdm_jax import goodput, measures, runs, saving, train_run, trainer
+from fvdm_jax import budget, goodput, measures, runs, saving, train_run, trainer
 from fvdm_jax.config import MUST_MATCH
+from fvdm_jax.data import feed
 from fvdm_jax.program import Refusal
 from fvdm_jax.train import parse, sizes
 
@@ -125,6 +126,7 @@ def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
     assert 0 < told["goodput"] < 1 and told["lost"] == 0 and not incidents(out)
 
 
+@pytest.mark.fault("T6")
 def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 13, one_nan)
     out = tmp_path / "run"
@@ -145,6 +147,7 @@ def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, 
     assert same(ended(config, out)[0], ended(config, whole[0])[0])
 
 
+@pytest.mark.fault("T6")
 def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 5, one_nan)
     out = tmp_path / "run"
@@ -155,6 +158,7 @@ def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch
     assert [line["step"] for line in runs.metrics(out)] == [1, 2, 3, 4, 5, 7, 8]
 
 
+@pytest.mark.fault("T7")
 def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 19, lambda latents: latents * 1e3)
     out = tmp_path / "run"
@@ -166,6 +170,20 @@ def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
     assert clipped[20] == 1.0 and set(clipped.values()) <= {0.0, 1.0}
 
 
+@pytest.mark.fault("T8")
+def test_more_bad_records_than_are_allowed_stop_a_run(config, tmp_path, monkeypatch, capfd):
+    plain, flags = feed.invented, ("--steps", "2", "--evaluate-every", "0")
+    bad = {"clip 3": "cannot be read", "clip 9": "holds nan"}
+    monkeypatch.setattr(feed, "invented", lambda *sizes: plain(*sizes)._replace(bad=bad, count=40))
+    with pytest.raises(Refusal, match="--max-bad: 2 records of 40 cannot be read, such as clip 3; mend them"):
+        train(config, tmp_path / "run", *flags)
+    assert train(config, tmp_path / "other", *flags, "--max-bad", "0.05") == 0
+    said = re.sub(r"\s+", " ", capfd.readouterr().err)
+    assert "clip 9 holds nan; another clip takes its place" in said
+    assert "2 records could not be read; others took their places" in said
+
+
+@pytest.mark.fault("T14", "T16", "T20")
 def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_path, monkeypatch, capfd):
     """Evaluation fails twice, the log cannot be written, the clock runs back: the same state to the bit."""
     plain, calls = train_run.Run._errors, []
@@ -203,6 +221,7 @@ def unforgetful(init):
     return begun
 
 
+@pytest.mark.fault("T20")
 def test_an_evaluation_that_always_fails_ends_the_run(config, tmp_path, monkeypatch):
     def errors(self, params):
         raise RuntimeError("no luck")
@@ -220,6 +239,7 @@ CHANGES = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("T12")
 def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
     assert {*CHANGES, "dit"} == set(MUST_MATCH)
     asked = parse([str(config), "--out", str(whole[0]), "--synthetic"])
@@ -242,6 +262,7 @@ def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
         assert told == [f"{name} is {value} (the run began with {asked.options[name]})"]
 
 
+@pytest.mark.fault("T15")
 @pytest.mark.parametrize(
     ("out", "said"),
     [
@@ -261,6 +282,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_compiled(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.fault("T17")
 def test_a_device_without_memory_is_a_refusal_that_names_what_is_large(config, tmp_path, monkeypatch):
     def compiled(self, size, meter):
         def step(*inputs):
@@ -275,6 +297,7 @@ def test_a_device_without_memory_is_a_refusal_that_names_what_is_large(config, t
         train(config, tmp_path / "run", "--evaluate-every", "0")
 
 
+@pytest.mark.fault("T13")
 def test_a_second_run_is_refused_in_a_line(whole, config, tmp_path):
     from fvdm_jax.presence import Presence
 
@@ -284,3 +307,25 @@ def test_a_second_run_is_refused_in_a_line(whole, config, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and re.fullmatch(r"error: --out: .* is in use by process .*\n", done.stderr)
     assert "compiling" not in done.stdout
+
+
+@pytest.mark.fault("T1")
+def test_a_run_says_at_its_start_whether_a_preempted_host_has_time_to_save(config, tmp_path, monkeypatch):
+    asked = parse([str(config), "--synthetic", "--out", str(tmp_path), "--mesh", "data=2,fsdp=4"])
+    state = saving.raw(trainer.build(asked.settings, sizes(asked)).state)
+    # What is cut or copied among this host's devices is written once.
+    assert budget.held(state) == saving.size(state)
+    told = budget.told(tmp_path, state, 12)
+    found = re.fullmatch(
+        r"a checkpoint is ([\d.]+) MiB of each host, every 12 steps: about ([\d.]+) s to write,"
+        r" where a preempted pod has 15 to 30 s",
+        told,
+    )
+    assert float(found[1]) == pytest.approx(saving.size(state) / 2**20, abs=0.05) and float(found[2]) < 15
+    assert not list(tmp_path.iterdir())
+    for seconds, sure in ((20, "may have too few"), (99, "has too few")):
+        monkeypatch.setattr(budget, "_seconds_a_byte", lambda *_, each=seconds: each / budget.held(state))
+        assert f"about {seconds}.0 s to write" in (told := budget.told(tmp_path, state, 12))
+        assert told.endswith(f"it {sure}, and then goes on from the last checkpoint: save often")
+    monkeypatch.undo()
+    assert "cannot be told now" in budget.told(Path("/proc/none"), state, 12)

@@ -42,6 +42,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.fault("T13")
 def test_a_second_run_is_refused_at_once_and_the_first_goes_on(tmp_path):
     first = begin(tmp_path)
     began = time.monotonic()
@@ -62,6 +63,7 @@ def test_a_run_that_ends_leaves_the_folder(tmp_path):
     assert ended(first) == (0, "") and not (tmp_path / presence.OWNER).exists()
 
 
+@pytest.mark.fault("T13")
 def test_a_takeover_ends_the_other_run(tmp_path):
     first = begin(tmp_path)
     second = Presence(tmp_path)
@@ -72,6 +74,7 @@ def test_a_takeover_ends_the_other_run(tmp_path):
     assert not (tmp_path / presence.OWNER).exists()
 
 
+@pytest.mark.fault("T13")
 @pytest.mark.parametrize("alive", [True, False])
 def test_an_owner_on_another_host_is_judged_by_its_count(tmp_path, monkeypatch, alive):
     monkeypatch.setattr(presence, "STRANGE", 1.0)
@@ -89,6 +92,7 @@ def test_an_owner_on_another_host_is_judged_by_its_count(tmp_path, monkeypatch, 
         Presence(tmp_path).take()
 
 
+@pytest.mark.fault("T9")
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_is_killed_ends_the_others_in_one_line(tmp_path, dead):
     processes = [begin(tmp_path, number, 2) for number in range(2)]
@@ -107,6 +111,7 @@ def test_a_process_that_leaves_in_order_is_not_missed(tmp_path):
     assert ended(second) == (0, "") and ended(first) == (0, "")
 
 
+@pytest.mark.fault("T14")
 def test_clocks_do_not_matter(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: -1e9)
     first = begin(tmp_path)

@@ -188,6 +188,7 @@ def test_records_of_another_make_are_refused_with_the_difference(tmp_path, field
         assert "channels" not in str(refusal.value)
 
 
+@pytest.mark.fault("T8")
 def test_a_shard_that_is_missing_cut_or_damaged_is_named(tmp_path):
     fill(tmp_path, range(9))
     manifest = load(tmp_path)

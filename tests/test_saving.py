@@ -91,6 +91,7 @@ def run(saved, tmp_path):
         each.close()
 
 
+@pytest.mark.fault("T10")
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
 def test_a_state_comes_back_to_the_bit_on_any_mesh(run, sizes):
     mesh = over(**({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes))
@@ -141,6 +142,7 @@ KINDS = {"flip": 12, "cut": 6, "lost": 4, "zero": 4}
 MANY = {"flip": 150, "cut": 60, "lost": 30, "zero": 30}
 
 
+@pytest.mark.fault("T5")
 @pytest.mark.parametrize(
     "counts", [KINDS, pytest.param(MANY, marks=pytest.mark.slow)], ids=["some", "150 flips and 120 others"]
 )
@@ -176,6 +178,7 @@ def largest(folder: Path) -> Path:
     return max(folder.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
 
 
+@pytest.mark.fault("T5")
 def test_a_damaged_one_may_be_refused(run):
     data = largest(run.steps / "2")
     data.write_bytes(bytes(data.stat().st_size))
@@ -192,6 +195,7 @@ def test_a_changed_position_is_found(run):
     assert "what is stored with it has changed" in run.told[0]
 
 
+@pytest.mark.fault("T5")
 def test_nothing_is_set_aside_where_none_is_sound(run):
     for step in "12":
         shutil.rmtree(run.steps / step / "state" / "d")
@@ -226,6 +230,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.fault("T4")
 def test_a_full_disk_leaves_nothing_and_is_tried_again(run, full_disk):
     checkpoints = run.open()
     full_disk(8000)
@@ -240,6 +245,7 @@ def test_a_full_disk_leaves_nothing_and_is_tried_again(run, full_disk):
     assert position.batch == 4 and same(found, state(4))
 
 
+@pytest.mark.fault("T4")
 def test_a_disk_that_stays_full_ends_the_run(run, monkeypatch):
     checkpoints = run.open()
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
@@ -251,6 +257,7 @@ def test_a_disk_that_stays_full_ends_the_run(run, monkeypatch):
         run.open().finish(state(6), Position(6, 48))
 
 
+@pytest.mark.fault("T6", "T18")
 def test_what_is_not_finite_or_not_alike_is_never_kept(run):
     checkpoints, sound = run.open(), state(3)
     bad = sound._replace(params=sound.params | {"norm": sound.params["norm"].at[3].set(jnp.nan)})
@@ -270,6 +277,7 @@ def test_what_is_not_finite_or_not_alike_is_never_kept(run):
     assert {path.name for path in run.steps.iterdir()} == {"1", "2"}
 
 
+@pytest.mark.fault("T3")
 def test_a_checkpoint_is_on_the_disk_before_the_next_is_begun(run, monkeypatch):
     flushed = []
     monkeypatch.setattr(saving, "flush", flushed.append)
@@ -292,6 +300,7 @@ def test_a_digest_knows_the_place_of_what_it_sums():
     assert len({digest(x), digest(x[::-1]), digest(x[:, ::-1]), digest(-x), digest(np.zeros_like(x))}) == 5
 
 
+@pytest.mark.fault("T19")
 def test_a_checkpoint_of_the_first_version_is_read(tmp_path, monkeypatch):
     """Made by revision 7af7ceb, whose states had no digests."""
     from fvdm_jax import trainer

@@ -48,8 +48,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-
-KILLS = 50
+KILLS, EVERY = 50, 100
+"""How often a run is killed, and the steps between its checkpoints."""
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def environment(devices: int) -> dict[str, str]:
 class Server:
     """Runs of one folder, one after the other."""
 
-    def __init__(self, config: Path, log: Path):
-        self._command, self._log = f"{log} {config} --synthetic --out", log
+    def __init__(self, config: Path, log: Path, *more: str):
+        self._command = f"{log} {config} --synthetic {' '.join(more)} --out"
         argv = [sys.executable, "-c", SERVER]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._process = subprocess.Popen(argv, cwd=ROOT, env=environment(1), **pipes)
@@ -94,57 +94,85 @@ def arrays(out: Path, step: int) -> dict:
     return told["digests"] | {"position": told["position"]}
 
 
-def made(out: Path) -> list[tuple]:
-    """The steps that are in the log, with their losses; the last may be half written."""
+def logged(out: Path) -> list[dict]:
+    """The lines of the log; the last may be half written."""
     path = out / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    told = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(line["step"], line["loss"], line["gradient"]) for line in told]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def made(out: Path) -> list[tuple]:
+    """The steps that are in the log, with their losses."""
+    return [(line["step"], line["loss"], line["gradient"]) for line in logged(out)]
+
+
+def committed(out: Path) -> dict[int, float]:
+    """The checkpoints of a run, and the seconds that each took to be written."""
+    seconds = {}
+    for path in (out / "checkpoints").glob("[0-9]*/_CHECKPOINT_METADATA"):
+        # Of one that was being deleted when the run was killed the rest may be there.
+        if path.parent.name.isdigit():
+            told = json.loads(path.read_text())
+            taken = told["commit_timestamp_nsecs"] - told["init_timestamp_nsecs"]
+            seconds[int(path.parent.name)] = taken / 1e9
+    return seconds
 
 
 @pytest.mark.slow
-def test_it_is_killed_at_any_moment_and_loses_no_more_than_an_interval(config, tmp_path, capsys):
-    log, draw, kills = tmp_path / "log", random.Random(0), KILLS
-    server = Server(config, log)
+@pytest.mark.fault("T2")
+def test_it_is_killed_at_any_moment_and_loses_little_more_than_an_interval(config, tmp_path, capsys):
+    """At most an interval of steps, and those made in the seconds that a checkpoint takes to be written.
+
+    Intervals are longer than that here, as they are where steps take seconds.
+    """
+    log, draw = tmp_path / "log", random.Random(0)
+    server = Server(config, log, "--steps", str(3 * EVERY), "--save-every", str(EVERY))
     began = time.monotonic()
     assert server.run(tmp_path / "whole") == 0, log.read_text()
     seconds = time.monotonic() - began
-    out, done, most, turns, working = tmp_path / "run", 0, 0, 0, 0
-    while done < kills:
-        turns, before = turns + 1, made(out)
+    out, done, turns, working = tmp_path / "run", 0, 0, 0
+    most, beyond, longest = 0, 0.0, max(committed(tmp_path / "whole").values())
+    while done < KILLS:
+        turns, before = turns + 1, len(logged(out))
         code = server.run(out, draw.uniform(0.3, seconds))
+        saved = committed(out)
+        longest = max(longest, *saved.values(), 0.0)
         if code == 0:
             # It was faster: another folder for the rest of the kills.
-            assert arrays(out, 100) == arrays(tmp_path / "whole", 100)
+            assert arrays(out, 3 * EVERY) == arrays(tmp_path / "whole", 3 * EVERY)
             shutil.rmtree(out)
             continue
         assert code == -signal.SIGKILL, (code, log.read_text()[-2000:])
         done += 1
-        working += made(out) != before
-        saved = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
-        most = max(most, len(made(out)) - max(saved, default=0))
+        lines = logged(out)
+        working += len(lines) != before
+        most = max(most, len(lines) - max(saved, default=0))
+        after = [line["seconds"] for line in lines if line["step"] > max(saved, default=0) + EVERY]
+        beyond = max(beyond, sum(after))
     assert server.run(out) == 0, log.read_text()[-2000:]
     server.close()
-    assert arrays(out, 100) == arrays(tmp_path / "whole", 100)
+    assert arrays(out, 3 * EVERY) == arrays(tmp_path / "whole", 3 * EVERY)
     assert made(out) == made(tmp_path / "whole")
     assert not list((out / "checkpoints").glob("*tmp*"))
-    # A checkpoint is written while the steps of the next interval are made.
-    assert most <= 2 * 5
     with capsys.disabled():
         print(
-            f"\n{done} kills in {turns} runs, {working} of them among steps; at most {most} made again",
+            f"\n{done} kills in {turns} runs, {working} of them among steps; at most {most} made again,",
             end="",
         )
+        print(
+            f" {EVERY} an interval; {beyond:.2f} s beyond one, where a save took up to {longest:.2f} s",
+            end="",
+        )
+    assert most < 2 * EVERY and beyond < longest
     # Many are to come while steps are made and checkpoints written, and not only in preparations.
-    assert working > kills / 3
+    assert working > KILLS / 3
 
 
 @pytest.mark.slow
+@pytest.mark.fault("T11")
 def test_it_goes_on_to_the_bit_from_every_checkpoint(config, tmp_path):
     log = tmp_path / "log"
-    server, whole = Server(config, log), tmp_path / "whole"
-    command = server._command
-    server._command = command.replace("--synthetic", "--synthetic --steps 40 --keep-last 99")
+    server, whole = Server(config, log, "--steps", "40", "--keep-last", "99"), tmp_path / "whole"
     assert server.run(whole) == 0
     for step in range(5, 40, 5):
         out = tmp_path / f"from {step}".replace(" ", "_")
@@ -181,6 +209,7 @@ def started(out: Path, processes: list[subprocess.Popen], steps: int = 30) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.fault("T9")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
 def test_when_one_of_two_processes_is_lost_the_other_ends_and_says_so(
@@ -202,11 +231,12 @@ def test_when_one_of_two_processes_is_lost_the_other_ends_and_says_so(
         assert processes[1].returncode == -signal.SIGABRT, said
     else:
         assert processes[1 - which].returncode == 75, said
-        assert f"error: process {which} of 2 has not been heard of for 20 s, at step" in said[1]
-    assert seconds < 35
+        assert f"error: process {which} of 2 has not been heard of for 16 s, at step" in said[1]
+    assert seconds < 20
 
 
 @pytest.mark.slow
+@pytest.mark.fault("T1")
 @pytest.mark.parametrize("told", [0, 1])
 def test_two_processes_agree_where_to_stop(config, tmp_path, told, capsys):
     out = tmp_path / "run"

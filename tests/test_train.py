@@ -29,14 +29,15 @@ from fvdm_jax.models.dit import DiTConfig
 from fvdm_jax.optimisers import Optimiser
 
 
-def striking(batch, at, number, wait):
+def striking(batch, at, number, wait, times=1):
     """What makes batches; before that of a step it strikes its own process with a signal, after a wait."""
     steps = itertools.count()
 
     def made(*inputs):
         if next(steps) == at:
             time.sleep(wait)
-            os.kill(os.getpid(), number)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
         return batch(*inputs)
 
     return made
@@ -120,6 +121,7 @@ def killed(config, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.fault("T11")
 def test_a_killed_run_goes_on_to_the_bit(whole, killed, config, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(killed, out)
@@ -129,6 +131,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole, killed, config, tmp_path):
     assert lines == whole[1]
 
 
+@pytest.mark.fault("T10")
 def test_a_run_goes_on_over_another_mesh(whole, killed, config, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(killed, out)
@@ -158,6 +161,7 @@ def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.fault("T1")
 @pytest.mark.parametrize(("number", "code"), [(15, 143), pytest.param(2, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends(whole, config, tmp_path, number, code):
     out = tmp_path / "run"
@@ -171,6 +175,15 @@ def test_a_signal_saves_and_ends(whole, config, tmp_path, number, code):
         state, lines = ended(config, out)
         assert far(state, whole[0]) == 0
         assert lines == whole[1]
+
+
+@pytest.mark.fault("T1")
+def test_a_second_signal_ends_it_at_once_and_leaves_no_half_checkpoint(config, tmp_path):
+    out = tmp_path / "run"
+    process = elsewhere(config, out, STRIKE="6 15 0 2")
+    said = process.communicate(timeout=600)[1]
+    assert process.returncode == 143 and "is saved" not in said
+    assert not list((out / "checkpoints").iterdir()) and not (out / "owner.json").exists()
 
 
 @pytest.mark.thorough
