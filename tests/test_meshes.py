@@ -24,7 +24,7 @@ KINDS = {
     "two axes": ["data=2,fsdp=2", "data=2,fsdp=4", "data=4,context=2", "fsdp=4,tensor=2"],
     "three axes": ["data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2", "data=2,fsdp=2,context=2"],
 }
-APART = ["data=8", "fsdp=8", "data=2,fsdp=4", "fsdp=2,context=2,tensor=2"]
+APART = ["data=2,fsdp=4", "fsdp=2,context=2,tensor=2"]
 """Meshes over two processes of four devices."""
 PROCESS = """
 import sys
