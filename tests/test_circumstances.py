@@ -30,6 +30,7 @@ def sampler(model, here):
     return start
 
 
+@pytest.mark.thorough
 def test_a_bare_environment_will_do(sampler, here, model):
     """No HOME, a locale of ASCII alone, nobody who reads what is printed: the video is there all the same."""
     told = {

@@ -111,6 +111,7 @@ def test_it_is_restored_by_orbax_onto_a_mesh(model):
     assert equal(jax.tree.map(np.asarray, flatten_dict(params, sep="/")), expected("dit_t2v"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
 @pytest.mark.parametrize("name", ["dit_t2v", "dit_i2v", "dit_flf2v", "dit_ti2v", "vae21", "vae22", "umt5"])
 def test_what_goes_out_comes_in_again_bit_for_bit(tmp_path, name, layout):
@@ -129,6 +130,7 @@ def test_what_goes_out_comes_in_again_bit_for_bit(tmp_path, name, layout):
     assert first == second
 
 
+@pytest.mark.thorough
 def test_a_folder_of_a_whole_model_and_its_experts(tmp_path):
     folder = tmp_path / "A14B"
     for expert in ("high_noise_model", "low_noise_model"):

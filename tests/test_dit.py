@@ -143,6 +143,7 @@ def test_clips_of_a_batch_do_not_meet(small):
     np.testing.assert_allclose(run(x, level, text)[:1], alone, rtol=0, atol=5e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", ["full", "attention", "offload"])
 def test_rematerialised_layers_have_the_same_gradients(small, remat):
     _, x, text = small

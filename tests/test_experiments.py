@@ -20,6 +20,8 @@ import report  # noqa: E402
 from fvdm_jax import program, trainer  # noqa: E402
 from fvdm_jax.process import PROCESSES, Prediction, mix  # noqa: E402
 
+pytestmark = pytest.mark.thorough
+
 SHARED = {"arms", "circle", "report"}
 EXPERIMENTS = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in SHARED]
 ALL = np.arange(64)

@@ -90,6 +90,7 @@ def losses(config: Path, out: Path) -> list[float]:
     return [line["loss"] for line in runs.metrics(out)]
 
 
+@pytest.mark.thorough
 def test_a_hundred_losses_are_those_of_the_golden_run(config, tmp_path):
     """To the bit on the same versions and processor (`golden/losses.json` says which), else within 1e-5."""
     golden = json.loads((ROOT / "tests/golden/losses.json").read_text())
@@ -147,6 +148,7 @@ def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, 
     assert same(ended(config, out)[0], ended(config, whole[0])[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T6")
 def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 5, one_nan)
@@ -158,6 +160,7 @@ def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch
     assert [line["step"] for line in runs.metrics(out)] == [1, 2, 3, 4, 5, 7, 8]
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T7")
 def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 19, lambda latents: latents * 1e3)
@@ -183,6 +186,7 @@ def test_more_bad_records_than_are_allowed_stop_a_run(config, tmp_path, monkeypa
     assert "2 records could not be read; others took their places" in said
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T14", "T16", "T20")
 def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_path, monkeypatch, capfd):
     """Evaluation fails twice, the log cannot be written, the clock runs back: the same state to the bit."""
@@ -221,6 +225,7 @@ def unforgetful(init):
     return begun
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T20")
 def test_an_evaluation_that_always_fails_ends_the_run(config, tmp_path, monkeypatch):
     def errors(self, params):

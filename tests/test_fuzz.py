@@ -11,6 +11,8 @@ from fuzz_targets import TARGETS, Target
 
 from fvdm_jax.program import Refusal
 
+pytestmark = pytest.mark.thorough
+
 HERE = Path(__file__).parent
 SECONDS = 5
 CRASHES = sorted((HERE / "golden/fuzz").glob("*/*"))

@@ -32,7 +32,9 @@ def finished(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.parametrize("how", ["together", "rolling"])
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(1, marks=pytest.mark.thorough), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_a_killed_video_goes_on_to_the_same_file(model, here, monkeypatch, kills, how):
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")

@@ -120,6 +120,7 @@ def test_a_reel_of_other_settings_is_begun_anew(tmp_path):
     assert latents.probe(path).settings == {"seed": 2} and not other.part.exists()
 
 
+@pytest.mark.thorough
 def test_a_queue_makes_a_long_video(here, model, capfd):
     flags = [
         "--model",

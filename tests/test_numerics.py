@@ -164,6 +164,7 @@ def test_bfloat16_drifts_no_faster_than_the_root_of_the_depth(which):
     assert drift[-1] < drift[0] * config.layers**0.5, drift
 
 
+@pytest.mark.thorough
 def test_bfloat16_drifts_little_over_fifty_steps():
     networks, params = bundled()
     rng = np.random.default_rng(0)
@@ -214,6 +215,7 @@ def test_every_solver_is_finite_at_every_operation(solver, name):
                 assert np.all(np.isfinite(made))
 
 
+@pytest.mark.thorough
 def test_a_clip_decoded_in_bfloat16_is_that_of_float32():
     networks, params = bundled()
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import small
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from fvdm_jax.schedule import SPACINGS, pusa, schedule
 from fvdm_jax.schedule import sigmas as wan
 from fvdm_jax.studio import key
 from fvdm_jax.training import Batch, Objective, noised
+
+pytestmark = pytest.mark.thorough
 
 FRAMES, STEPS = 5, 6
 SHAPE = (2, FRAMES, 2, 2, 3)

@@ -204,6 +204,7 @@ def test_a_decode_that_fails_loses_nothing(sample, monkeypatch):
     assert sample("--decode", "one.latents.safetensors", "--out", "one.mp4")[0] == 0
 
 
+@pytest.mark.thorough
 def test_tiles_are_announced(sample, monkeypatch):
     monkeypatch.setattr("fvdm_jax.models.streaming.OVERLAP", 1)
     assert sample("--out", "one.mp4")[0] == 0
@@ -286,6 +287,7 @@ def test_file_names_that_are_no_text_lose_nothing(sample):
     assert sample("--decode", "o\udce9.latents.safetensors", "--out", "c.mp4")[0] == 0
 
 
+@pytest.mark.thorough
 def test_a_prompt_is_encoded_once(sample, model, monkeypatch):
     assert sample("--out", "one.mp4", "--prompt", "once")[0] == 0
     loaded = []

@@ -54,6 +54,7 @@ def alone() -> dict[bool, np.ndarray]:
     return {adapted: clip("", adapted=adapted) for adapted in (False, True)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh, exchange, adapted",
     [

@@ -44,6 +44,7 @@ def test_a_session_makes_what_the_program_makes(here, model, session):
     assert video.probe(here / "made.mp4").frames == 9
 
 
+@pytest.mark.thorough
 def test_weights_and_programs_stay(here, model, session, monkeypatch):
     from fvdm_jax import checkpoint
     from fvdm_jax import session as module

@@ -71,6 +71,7 @@ def test_memory_does_not_grow_with_the_clip(params):
         assert long < short + 2 * clip, (method, short, long)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["encode", "decode"])
 def test_eight_devices_say_the_same(params, latents, whole, method):
     over = sharding.mesh(context=8)
@@ -83,6 +84,7 @@ def test_eight_devices_say_the_same(params, latents, whole, method):
     assert_near(np.asarray(spread), run(params, clip))
 
 
+@pytest.mark.thorough
 def test_a_decoder_over_devices_is_compiled_once(params, latents, whole):
     over = sharding.mesh(context=4)
     decoder = Stream(
@@ -101,6 +103,7 @@ def test_one_tile_is_the_frame(params, latents, whole):
     assert_near(np.concatenate(pieces, axis=1), whole)
 
 
+@pytest.mark.thorough
 def test_tiles_differ_from_the_frame_only_about_their_seam(params, latents):
     """Without the attention in the middle, by which every tile lacks something everywhere."""
     blind = dict(

@@ -27,6 +27,7 @@ def made(model: Path, *argv: str) -> np.ndarray:
     return Studio([request], Stages()).clip(request)
 
 
+@pytest.mark.thorough
 def test_experts_that_are_alike_are_one(here, model, experts, tmp_path):
     """With the first expert on both sides of the boundary, two are the model of one transformer."""
     twin = tmp_path / "twin"
@@ -38,6 +39,7 @@ def test_experts_that_are_alike_are_one(here, model, experts, tmp_path):
     assert np.array_equal(one, two) and not np.allclose(one, other, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_the_boundary_says_which_expert_works(here, experts, monkeypatch):
     """shift 3 and three steps are at levels 0.999, 0.857 and 0.6: 0.7 is before the third."""
     used = []

@@ -120,6 +120,7 @@ def test_shapes_move_as_their_prompts_say(told):
     assert sum(verdict.direction for verdict in told) >= 6
 
 
+@pytest.mark.thorough
 def test_a_kept_image_begins_the_video_bit_for_bit(generate, model, world):
     scenes, clips = world
     networks, params = model

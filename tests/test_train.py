@@ -131,6 +131,7 @@ def test_a_killed_run_goes_on_to_the_bit(whole, killed, config, tmp_path):
     assert lines == whole[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T10")
 def test_a_run_goes_on_over_another_mesh(whole, killed, config, tmp_path):
     out = tmp_path / "run"
@@ -162,7 +163,10 @@ def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
 
 
 @pytest.mark.fault("T1")
-@pytest.mark.parametrize(("number", "code"), [(15, 143), pytest.param(2, 130, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(15, 143, marks=pytest.mark.thorough), pytest.param(2, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_ends(whole, config, tmp_path, number, code):
     out = tmp_path / "run"
     process = elsewhere(config, out, STRIKE=f"6 {number} 0")

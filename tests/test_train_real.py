@@ -15,6 +15,8 @@ from fvdm_jax import checkpoint, runs, sample, train
 from fvdm_jax.data import precompute, records
 from fvdm_jax.program import Refusal
 
+pytestmark = pytest.mark.thorough
+
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = """
 from fvdm_jax.config import Training

@@ -175,6 +175,7 @@ def test_adapters_train_as_by_hand(rank):
     assert far(by_hand, state.params) < 1e-5 < 1e-2 < moved
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", [*(pytest.param(r, marks=SLOW) for r in ("full", "attention")), "offload"])
 def test_what_is_computed_again_changes_nothing(plain, remat):
     """Gradients of each way are compared in tests/test_dit.py; here one of them meets the optimiser."""
@@ -268,6 +269,7 @@ def test_small_updates_of_large_weights_are_not_lost():
     assert still < 0.01
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T6")
 def test_what_is_not_finite_is_not_learned():
     made = trainer.build(dataclasses.replace(PLAIN, average=0.9), SIZES, ONE)
@@ -284,6 +286,7 @@ def test_what_is_not_finite_is_not_learned():
     assert told["finite"] and int(state.step) == 2 and far(state._replace(key=0), before) > 0
 
 
+@pytest.mark.thorough
 def test_what_is_not_finite_may_be_left_out():
     made = trainer.build(dataclasses.replace(PLAIN, skip=1), SIZES, ONE)
     state = made.start()
@@ -295,6 +298,7 @@ def test_what_is_not_finite_may_be_left_out():
     assert far(state._replace(key=0, step=0), before._replace(step=0)) == 0
 
 
+@pytest.mark.thorough
 def test_an_average_follows():
     settings = dataclasses.replace(PLAIN, average=0.5)
     made = trainer.build(settings, SIZES, ONE)

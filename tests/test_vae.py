@@ -72,7 +72,7 @@ def test_the_published_normalisation(name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("frames", [1, 5, 9])
+@pytest.mark.parametrize("frames", [1, 5, pytest.param(9, marks=pytest.mark.thorough)])
 def test_latents_and_reconstructions_are_wans(golden, frames, way):
     latents = golden.encode(golden[f"in/video_T{frames}"], way)
     np.testing.assert_allclose(latents, golden[f"out/mu_norm_T{frames}"], rtol=0, atol=1e-5)
