@@ -26,7 +26,7 @@ from fvdm_jax.evaluating.generate import Examiner  # noqa: E402
 from fvdm_jax.program import Parser, leave, run, whole  # noqa: E402
 from fvdm_jax.progress import Stages  # noqa: E402
 from fvdm_jax.request import TINY, Request, validate  # noqa: E402
-from fvdm_jax.studio import rows  # noqa: E402
+from fvdm_jax.steps import rows  # noqa: E402
 
 SCHEDULES = (
     "together", "pyramid:lag=1", "pyramid:lag=3", "trapezoid:lag=2", "autoregressive:block=3",

@@ -27,7 +27,7 @@ def told(folder: Path, state, every: int) -> str:
     """
     needed = held(state)
     seconds = most(needed * _seconds_a_byte(folder, min(needed, PROBE)))
-    line = f"a checkpoint is {needed / 2**20:,.1f} MiB of each host, every {every} steps: "
+    line = f"a checkpoint is at most {needed / 2**20:,.1f} MiB of each host, every {every} steps: "
     if not np.isfinite(seconds):
         return line + "how long it takes to write cannot be told now"
     line += f"about {seconds:,.1f} s to write, where a preempted pod has {GRACE[0]} to {GRACE[1]} s"
@@ -50,11 +50,12 @@ def held(state) -> int:
 def _seconds_a_byte(folder: Path, count: int) -> float:
     """What one of `count` bytes takes to the disk; infinite where they cannot be written."""
     path = folder / f".probe-{jax.process_index()}"
+    block = os.urandom(2**20)
     began = time.perf_counter()
     try:
         with open(path, "wb") as file:
-            for size in np.diff([*range(0, count, 2**20), count]):
-                file.write(os.urandom(int(size)))
+            for size in np.diff([*range(0, count, len(block)), count]):
+                file.write(block[:size])
         flush(path)
         return (time.perf_counter() - began) / max(count, 1)
     except OSError:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ def claimed(target: Path) -> Iterator[None]:
     Where there can be no lock, whoever is done first has the name.
     """
     path = target.with_name(f".fvdm-{zlib.crc32(os.fsencode(target.name)):08x}.lock")
-    held = _locked(path, os.O_CREAT)
+    held = _locked(path)
     try:
         yield
     finally:
@@ -30,21 +29,11 @@ def claimed(target: Path) -> Iterator[None]:
             os.close(held)
 
 
-def clear(folder: Path) -> None:
-    """Removes the locks that killed processes have left in a folder."""
-    for name in os.listdir(folder):
-        if re.fullmatch(r"\.fvdm-[0-9a-f]{8}\.lock", name):
-            with contextlib.suppress(OSError):
-                if (held := _locked(folder / name)) is not None:
-                    (folder / name).unlink()
-                    os.close(held)
-
-
-def _locked(path: Path, create: int = 0) -> int | None:
+def _locked(path: Path) -> int | None:
     """A descriptor that has the lock, None where there is none to be had. Raises BlockingIOError."""
     while True:
         try:
-            held = os.open(path, os.O_RDWR | create)
+            held = os.open(path, os.O_RDWR | os.O_CREAT)
         except OSError:
             return None
         try:

@@ -103,7 +103,7 @@ def _row(examiner, request: Request, name: str, clip: int):
     import numpy as np
 
     from fvdm_jax.evaluating.page import Row
-    from fvdm_jax.studio import rows
+    from fvdm_jax.steps import rows
 
     case = TASKS[name](examiner.window)
     truth = examiner.truth(range(clip, clip + 1), case.frames)

@@ -210,7 +210,7 @@ def sampler(asked: Asked, stages: Stages) -> Callable[[Request], None]:
 
     studio = Studio([dataclasses.replace(asked.request, prompt=pair.prompt) for pair in asked.pairs], stages)
     projector = Projector(stages)
-    return lambda request: sample.short(request, studio, stages, projector)
+    return lambda request: sample.together([request], studio, stages, projector)
 
 
 def sampled(request: Request, make: Callable, pair: Pair, seed: int, path: Path) -> None:

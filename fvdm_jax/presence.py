@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fvdm_jax import stopping
 from fvdm_jax.program import Refusal, alive, plain
 
 OWNER, BEATS = "owner.json", "beats"
@@ -147,7 +148,7 @@ def _in_use(folder: Path, held: dict) -> Refusal:
 def _end(line: str, code: int) -> None:
     sys.stderr.flush()
     os.write(2, f"{plain(line, 600)}\n".encode())
-    os._exit(code)
+    stopping.end(code)
 
 
 def _content(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The contract of every program: refuse in one line and early, leave whole files or none, stop when told to.
 
-Exit codes: 0 done, 1 an error of ours (with its traceback), 2 refused, 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 done, 1 an error of ours (with its traceback) or a check that failed, 2 refused, 130 stopped by
+Ctrl-C, 143 by SIGTERM.
 Nothing here imports jax, so that a refusal costs no more than the start of Python.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fvdm_jax import claims
-from fvdm_jax.stopping import TERMINATED, interruptible
+from fvdm_jax.stopping import TERMINATED, end, interruptible
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _REMEDY = "free some space or choose another place; nothing was left behind"
@@ -186,12 +187,8 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
 def leave(code: int) -> NoReturn:
     """Ends the process; when it was stopped at once, without waiting for what the device still computes."""
     if code in (130, TERMINATED):
-        import multiprocessing
-
         sys.stderr.flush()
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(code)
+        end(code)
     sys.exit(code)
 
 
@@ -219,7 +216,6 @@ def _clear_stale(folder: Path) -> None:
     ours = re.compile(
         rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
     )
-    claims.clear(folder)
     for name in os.listdir(folder):
         if (match := ours.fullmatch(name)) and not alive(int(match[1])):
             with contextlib.suppress(OSError):

@@ -19,7 +19,8 @@ def replay(asked, made, feed) -> int:
     may be going on in it. Another mesh or version than the run had may round otherwise. Raises Refusal where
     there is no run, or one of both checkpoints is damaged.
     """
-    out, step, tell = asked.flags.out, asked.flags.replay, print if jax.process_index() == 0 else _nothing
+    out, step = asked.flags.out, asked.flags.replay
+    tell = print if jax.process_index() == 0 else lambda line: None
     if not (out / runs.SETTINGS).is_file() or not (out / saving.CHECKPOINTS).is_dir():
         raise Refusal("--out", f"{out} holds no run", "train first")
     for line in runs.check(out, asked.settings, asked.options, tuple(asked.flags.allow_change)):
@@ -69,7 +70,3 @@ def _differs(a: integrity.Summed, b: integrity.Summed, what: str) -> str:
     array, row = places[0]
     count = len({place[0] for place in places.tolist()})
     return f"{what}, differ: {a.paths[array]} on device {a.devices[row]} first, of {count} arrays"
-
-
-def _nothing(line: str) -> None:
-    """What processes but the first say."""

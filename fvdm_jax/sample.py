@@ -1,5 +1,6 @@
 """Samples videos: from prompts, from pictures and clips that are kept, or from both; as long as one likes."""
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -10,7 +11,7 @@ from fvdm_jax.commands import lines, parse
 from fvdm_jax.explain import explain, picture
 from fvdm_jax.flags import OUT
 from fvdm_jax.presets import PRESETS
-from fvdm_jax.program import leave, legible, outputs, run
+from fvdm_jax.program import alone, leave, legible, outputs, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import Request
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def explained(request: Request) -> None:
     """Draws the noise level of every frame at every step, of the first window of a long video."""
-    from fvdm_jax.studio import calls, rows
+    from fvdm_jax.steps import calls, rows
 
     frames = request.latent_frames
     print(picture(request.strength))
@@ -81,11 +82,6 @@ def tell(request: Request) -> None:
         print(note)
     if not any(request.strength):
         print("note: every frame is kept, and nothing is left to generate")
-
-
-def short(request: Request, studio, stages: Stages, projector) -> None:
-    """Makes a video at once."""
-    together([request], studio, stages, projector)
 
 
 def together(requests: list[Request], studio, stages: Stages, projector) -> None:
@@ -112,8 +108,10 @@ def long(request: Request, studio, stages: Stages, projector) -> None:
     Where an earlier run was stopped, it goes on after the last whole window, or as its queue last stood.
     """
     replace = request.overwrite or request.out == OUT
-    reel = latents.Reel(request.latents, studio.shape(request.total), request.settings, replace)
-    with reel:
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(alone(request.out))
+        shape = studio.shape(request.total)
+        reel = closing.enter_context(latents.Reel(request.latents, shape, request.settings, replace))
         coming = (_queue if request.rolls else _windows)(request, studio, reel)
         if reel.frames:
             stages.say(f"going on after latent frame {reel.frames} of {request.total}, from {reel.part}")

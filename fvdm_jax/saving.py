@@ -208,7 +208,7 @@ class Checkpoints:
             except Damaged as wrong:
                 damaged[step] = f"the checkpoint of step {step} is damaged: {plain(wrong, 300)}"
                 if not fallback:
-                    right = "leave --no-fallback out, or take another step"
+                    right = "leave --no-fallback out, if it is given, or take another step"
                     raise Refusal(self._folder, damaged[step], right) from wrong
                 continue
             for bad, why in damaged.items():

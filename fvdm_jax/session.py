@@ -18,7 +18,8 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.projector import Projector
 from fvdm_jax.request import Request, validate
 from fvdm_jax.shapes import Latents
-from fvdm_jax.studio import Studio, guided
+from fvdm_jax.steps import guided
+from fvdm_jax.studio import Studio
 
 Kept = str | os.PathLike | tuple[str | os.PathLike, float]
 """What a frame is kept from: a file, or a file and its strength."""

@@ -128,14 +128,18 @@ class Studio:
         """The latents of each of `batches`, which are made together; where there are too few, by the way."""
         shots = [self._shot(one) for one in requests]
         self._stages.expect("denoise", max(len(rows(shot.request, shot.task.strength)) for shot in shots) - 1)
-        last = requests[-1] is self._last
-        if last:
-            self._given.forget()
+        last = self._release(requests[-1])
         made = np.asarray(self._denoised([*shots, *shots[-1:] * (self._layout.clips - len(shots))]))
         if last:
             # What decodes has the devices to itself.
             self._held.clear()
         return [made[i : i + 1] for i in range(len(shots))]
+
+    def _release(self, request: Request) -> bool:
+        """Gives back what reads files, where this is the last request."""
+        if last := request is self._last:
+            self._given.forget()
+        return last
 
     def _shot(self, request: Request) -> Shot:
         task, extra = text_to_video(self._shape), NO_EXTRA
@@ -159,6 +163,7 @@ class Studio:
             return self._denoised([Shot(request, prompt, task, self._noise(request.seed, i))])
 
         start = text_to_video(self._shape) if done else self._given.task(request, self._shape)
+        self._release(request)
         return map(np.asarray, rollout.windows(generate, start, request.windows, seam, past))
 
     def queue(
@@ -171,6 +176,8 @@ class Studio:
         is where another run goes on.
         """
         given, length = request.given, request.latent_frames - request.overlap
+        canvas = self._put(self._given.task(request, self._shape).canvas) if past is None else None
+        self._release(request)
         params = self._transformer(self._model.transformers[0], request)
         told = self._told(params, [(request.prompt, request.negative)])
         inputs = params, told, self._put(weights(request, 0))
@@ -182,15 +189,19 @@ class Studio:
         def advance(carry: tuple, schedule: Schedule) -> tuple:
             return self._stepped(inputs, carry, self._put(jnp.asarray(schedule)))
 
-        sigmas, begin = SPACINGS[request.spacing](request.steps, request.shift), self._programs.begin
+        def begin(*state) -> tuple:
+            with jax.set_mesh(self._over):
+                return self._programs.begin(*state)
+
+        sigmas = SPACINGS[request.spacing](request.steps, request.shift)
         queue = rollout.Queue(begin, advance, noise, sigmas, request.latent_frames, request.overlap, given)
         if past is None:
-            canvas = self._put(self._given.task(request, self._shape).canvas)
             begun = queue.start(canvas)
             if given:
                 yield np.asarray(canvas[:, :given])
         else:
-            like = jax.tree.structure(jax.eval_shape(begin, noise(0), noise(0), sigmas[:1, None]))
+            drawn = noise(0)
+            like = jax.tree.structure(jax.eval_shape(begin, drawn, drawn, sigmas[:1, None]))
             begun = rollout.Rolled(past[0], jax.tree.unflatten(like, self._put(past[1])))
         self._stages.expect("denoise", sum(calls(request)[begun.next - given :]))
         for frame, now in queue.roll(begun):

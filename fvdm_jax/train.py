@@ -104,9 +104,9 @@ def placed(flags) -> Iterator[presence.Presence]:
     try:
         yield place
         place.leave()
-    except BaseException as failure:
-        # The others are to see that this one is no more, unless it was told to go.
-        place.leave(silent=not isinstance(failure, SystemExit | KeyboardInterrupt))
+    except BaseException:
+        # The others are to see that this one is no more.
+        place.leave(silent=True)
         raise
 
 

@@ -199,11 +199,11 @@ def test_a_video_of_an_export_is_a_sample(model, images, tmp_path, monkeypatch):
     """It is what `python -m fvdm_jax.sample` makes of the image and the prompt, kept by these names."""
     asked = []
 
-    def short(request, studio, stages, projector):
-        asked.append(request)
-        request.out.write_bytes(b"video")
+    def together(requests, studio, stages, projector):
+        asked.extend(requests)
+        requests[0].out.write_bytes(b"video")
 
-    monkeypatch.setattr(sample, "short", short)
+    monkeypatch.setattr(sample, "together", together)
     argv = ["--model", model, "--export", "vbench-i2v", "--images", images, "--samples", "1", "--steps", "4"]
     out = tmp_path / "out"
     assert run_program(evaluate.main, [*map(str, argv), "--out", str(out)]) == 0

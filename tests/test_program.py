@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdm_jax.program import Parser, Refusal, check_output, outputs, plain, run
+from fvdm_jax.program import Parser, Refusal, alive, check_output, outputs, plain, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +101,23 @@ def test_nothing_half_written_is_left_when_it_is_stopped(tmp_path, sent, code, p
     assert process.stdout.readline() == "on\n"
     process.send_signal(sent)
     assert process.wait(timeout=10) == code and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_neither_threads_nor_children_outlive_a_program_that_is_stopped(sent, code, python):
+    process = python(
+        "import multiprocessing, threading, time\n"
+        "def main(argv):\n    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    child.start()\n    print(child.pid, flush=True)\n    time.sleep(60)\nleave(run(main))"
+    )
+    child = int(process.stdout.readline())
+    process.send_signal(sent)
+    assert process.wait(timeout=5) == code
+    until = time.monotonic() + 5
+    while alive(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(child)
 
 
 def test_a_reader_that_leaves_does_not_stop_the_work(python):

@@ -21,7 +21,7 @@ from fvdm_jax.process import PROCESSES, Prediction, expand, flow, mix
 from fvdm_jax.samplers import SAMPLERS, advance, begin, sample
 from fvdm_jax.schedule import SPACINGS, pusa, schedule
 from fvdm_jax.schedule import sigmas as wan
-from fvdm_jax.studio import key
+from fvdm_jax.steps import key
 from fvdm_jax.training import Batch, Objective, noised
 
 pytestmark = pytest.mark.thorough

@@ -22,7 +22,8 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.projector import Projector
 from fvdm_jax.request import TINY
 from fvdm_jax.sample import main
-from fvdm_jax.studio import Studio, key
+from fvdm_jax.steps import key
+from fvdm_jax.studio import Studio
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,7 +16,8 @@ from fvdm_jax.commands import lines, parse
 from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.program import Refusal
 from fvdm_jax.progress import Stages
-from fvdm_jax.studio import Studio, rows
+from fvdm_jax.steps import rows
+from fvdm_jax.studio import Studio
 
 pytestmark = pytest.mark.usefixtures("alone")
 

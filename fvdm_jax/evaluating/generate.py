@@ -23,7 +23,7 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import Reader
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
-from fvdm_jax.studio import rows, weights
+from fvdm_jax.steps import rows, weights
 from fvdm_jax.training import Batch, Objective
 from fvdm_jax.weights import uniform
 

@@ -18,7 +18,7 @@ from fvdm_jax.rules import SOLVERS
 from fvdm_jax.serving import drawing, form, locks
 from fvdm_jax.serving.work import Maker, Progress
 from fvdm_jax.session import Session, Video
-from fvdm_jax.studio import calls, rows
+from fvdm_jax.steps import calls, rows
 from fvdm_jax.zoo import ZOO
 
 UPLOAD = "25mb"

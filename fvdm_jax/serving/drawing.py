@@ -30,13 +30,16 @@ DROPPING = """
   };
   document.addEventListener('dragover', event => {
     mark(aimed(event));
-    if (aimed(event)) event.preventDefault();
+    if (event.dataTransfer.types.includes('Files')) event.preventDefault();
   });
+  document.addEventListener('dragleave', event => event.relatedTarget || mark(null));
   document.addEventListener('drop', event => {
     const cell = aimed(event), files = event.dataTransfer.files;
     mark(null);
-    if (!cell || !files.length) return;
+    if (!files.length) return;
     event.preventDefault();
+    if (!cell) return;
+    if (files.length > 1) alert('One file at a time: the first one is taken.');
     const inputs = [...document.querySelectorAll('.slot input[type=file]')];
     if (!inputs.length) return alert('Every slot has a file: take one out first.');
     const slot = inputs[0].closest('.slot').id.slice(-1), one = new DataTransfer();

@@ -16,7 +16,7 @@ from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, plain
 from fvdm_jax.request import Request
 from fvdm_jax.rules import RULES
-from fvdm_jax.studio import calls
+from fvdm_jax.steps import calls
 from fvdm_jax.zoo import ZOO
 
 SLOTS = 4

@@ -11,7 +11,7 @@ import numpy as np
 from fvdm_jax.program import Refusal
 from fvdm_jax.request import Request
 from fvdm_jax.session import Session, Step, Video
-from fvdm_jax.studio import calls
+from fvdm_jax.steps import calls
 
 PREVIEW = 0.2
 """The part of the steps after which it is shown, once, what they are heading for."""
