@@ -212,7 +212,8 @@ def opened(folder: Path) -> list[Network]:
         kinds = {name: str(kind["family"]) for name, kind in manifest["networks"].items()}
         sizes = {name: _size(name.split("_")[0], said[name]) for name in kinds}
     except (KeyError, TypeError, AttributeError) as broken:
-        raise Refusal(folder, "is no checkpoint of ours", "give a folder that convert has made") from broken
+        right = "give a folder that convert has made; the bundled model is of no published shape"
+        raise Refusal(folder, "is no checkpoint that convert has made", right) from broken
     for name, kind in kinds.items():
         part, size = name.split("_")[0], sizes[name]
         if not (folder / name).is_dir():

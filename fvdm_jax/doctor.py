@@ -17,6 +17,7 @@ CLIP, SMALLER = (21, 60, 104), (21, 30, 52)
 EXTRAS = {
     "libtpu": ("planning for TPUs, and TPUs", 'pip install -e ".[plan]"'),
     "huggingface_hub": ("sources of convert named hf:", 'pip install -e ".[hub]"'),
+    "gradio": ("the page of demo --serve", 'pip install -e ".[serve]"'),
     "matplotlib": ("pictures of experiments", 'pip install -e ".[plots]"'),
     "torch": ("tests against the reference implementations", 'pip install -e ".[parity]"'),
 }
@@ -67,7 +68,7 @@ def _folder(folder: Path | None, kind: str) -> str:
         return f"no cache of {kind}: this user has no home"
     held = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     size = sum(path.stat().st_size for path in held)
-    return f"{folder}: {len(held)} files, {size / GIB:.2f} GiB"
+    return f"{folder}: {len(held)} files, {size / 2**20:,.0f} MiB"
 
 
 def fitting(devices: list) -> list[str]:

@@ -176,6 +176,8 @@ def _lora(text: str) -> tuple[str, float | None, str]:
         raise argparse.ArgumentTypeError(f"the strength of {plain(text)} is not from -100 to 100")
     if not (Path(folder) / "adapters").is_dir():
         right = f"make it: python -m convert {plain(folder)} FOLDER"
+        if (Path(folder) / "run.json").is_file():
+            right = f"export it: python -m fvdm_jax.train CONFIG --out {plain(folder)} --export FOLDER"
         raise argparse.ArgumentTypeError(f"{plain(folder)} is no folder with adapters; {right}")
     return folder, strength, expert
 

@@ -312,9 +312,11 @@ def check_outputs(request: Request) -> None:
         raise Refusal("--out", f"{request.out} ends in neither .mp4 nor .gif", "give such a name")
     if request.out.suffix.lower() == ".gif" and request.fps > 50:
         raise Refusal("--out", f"a GIF has at most 50 frames a second, not {request.fps:g}", "give an .mp4")
-    inputs = set() if request.decode else {os.path.realpath(keep.path) for keep in request.keeps}
+    read = [request.prompts, request.noise_file, *(keep.path for keep in request.keeps)]
+    read += [request.schedule] if request.schedule.endswith(".json") else []
+    inputs = set() if request.decode else {os.path.realpath(path) for path in read if path}
     made = () if request.decode else (request.latents,)
     for path in (*request.outputs, *made):
-        check_output(path, "--out", request.overwrite or request.out == OUT)
         if os.path.realpath(path) in inputs:
-            raise Refusal("--out", f"{path} would replace a file that is kept", "give another name")
+            raise Refusal("--out", f"{path} would replace a file that is read", "give another name")
+        check_output(path, "--out", request.overwrite or request.out == OUT)

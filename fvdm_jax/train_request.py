@@ -105,6 +105,8 @@ def parse(argv: list[str]) -> Asked:
     """Raises Refusal for a flag or a value that cannot be."""
     asked = read(config_file(argv, parser), argv, parser)
     _check(asked.flags)
+    if asked.settings.rank and asked.settings.fresh and not (asked.flags.synthetic or asked.flags.plan):
+        raise Refusal("--fresh", "leaves adapters nothing to adapt to", "give --no-fresh, or --rank 0")
     return asked
 
 

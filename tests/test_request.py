@@ -41,6 +41,7 @@ def place(tmp_path, monkeypatch):
     video.write_mp4(Path("short.mp4"), pixels[:9], SAMPLING["fps"])
     video.write_mp4(Path("long.mp4"), pixels, SAMPLING["fps"])
     Path("notes.txt").write_text("hello")
+    Path("rows.json").write_text(json.dumps([[1.0] * 9, [0.0] * 9]))
     return tmp_path
 
 
@@ -144,7 +145,8 @@ BAD = {
     "--out a.avi": "--out: a.avi ends in neither .mp4 nor .gif",
     "--out nowhere/a.mp4": "--out: nowhere/a.mp4 cannot be written",
     "--out short.mp4": "--out: short.mp4 exists; give another name, or --overwrite",
-    "--out short.mp4 --overwrite --keep 0=short.mp4": "--out: short.mp4 would replace a file that is kept",
+    "--out short.mp4 --overwrite --keep 0=short.mp4": "--out: short.mp4 would replace a file that is read",
+    "--out rows.mp4 --overwrite --schedule rows.json": "--out: rows.json would replace a file that is read",
     "--model none": "--model: none/config.json cannot be read",
 }  # fmt: skip
 
