@@ -25,6 +25,13 @@ It writes NAME.json, with every setting and score, and NAME.png, with examples. 
 clips and told their captions; what comes out is judged by image processing alone. The row `ceiling` has
 the true clips as they come out of the VAE. An export that was stopped goes on when it is started again:
 its folder has videos/ for VBench, samples/ with the settings of each, and manifest.json with their seeds.
+
+Columns: colour to speed, shares of clips that are as their caption says · possible, straight ways and
+reflections alone · smooth, no jumps · stays, the same shape and colour in three quarters of the frames ·
+all of these · reach, a frame given at the end is come to · goes on, the way of a given clip, within 10 % of
+its speed · PSNR, of given frames against the VAE's own · seam, the jump where what is given ends · path and
+change, of the shape and of a frame, over the true clip's · frozen, nothing moves. Fréchet distances say
+nothing of fewer than some 32 clips.
 """
 FORMATS = ("vbench-i2v",)
 OUT = "evaluate"
