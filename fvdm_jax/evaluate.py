@@ -27,7 +27,7 @@ the true clips as they come out of the VAE. An export that was stopped goes on w
 its folder has videos/ for VBench, samples/ with the settings of each, and manifest.json with their seeds.
 
 Columns: colour to speed, shares of clips that are as their caption says · possible, straight ways and
-reflections alone · smooth, no jumps · stays, the same shape and colour in three quarters of the frames ·
+reflections alone · smooth, no jumps · stays, that shape and colour in three quarters of its last frames ·
 all of these · reach, a frame given at the end is come to · goes on, the way of a given clip, within 10 % of
 its speed · PSNR, of given frames against the VAE's own · seam, the jump where what is given ends · path and
 change, of the shape and of a frame, over the true clip's · frozen, nothing moves. Fréchet distances say
