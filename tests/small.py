@@ -1,5 +1,6 @@
 """A model with random weights that is smaller than the bundled one, and how it samples."""
 
+import socket
 from pathlib import Path
 
 import flax.linen as nn
@@ -53,3 +54,10 @@ def train(config: Path, out: Path, *more: str) -> int:
     from fvdm_jax.train import main
 
     return main([str(config), "--out", str(out), "--synthetic", *more])
+
+
+def address() -> str:
+    """One of this host's that is free, for processes that are to find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"

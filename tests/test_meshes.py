@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 from test_training import PLAIN, SIZES, clips, stood
 
 from fvdm_jax import trainer
@@ -62,9 +62,7 @@ def whole(tree) -> list[np.ndarray]:
 
 def apart(folder: Path) -> list[list[np.ndarray]]:
     """What two processes have made over each mesh."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = small.address()
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", PROCESS, address]

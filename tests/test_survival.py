@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -189,9 +189,7 @@ def test_it_goes_on_to_the_bit_from_every_checkpoint(config, tmp_path):
 
 def pair(config: Path, out: Path, *more: str) -> list[subprocess.Popen]:
     """Two processes of four devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = small.address()
     command = [sys.executable, "-m", "fvdm_jax.train", str(config), "--out", str(out), "--synthetic"]
     command += ["--steps", "100000", "--save-every", "20", "--batch", "8", *more]
     command += ["--coordinator", address, "--hosts", "2", "--host"]

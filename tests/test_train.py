@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 from small import train
 
 from fvdm_jax import runs, saving, trainer
@@ -148,9 +148,7 @@ def test_a_run_goes_on_over_another_mesh(whole, killed, config, tmp_path):
 @pytest.mark.parametrize("mesh", ["data=8", "context=4,tensor=2"])
 def test_two_processes_are_as_one(whole, config, tmp_path, mesh):
     """Also where a clip lies across both, which then have the same rows to give."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = small.address()
     out = tmp_path / "run"
     joined = "--coordinator", address, "--hosts", "2", "--mesh", mesh, "--host"
     processes = [elsewhere(config, out, *joined, str(i), devices=4) for i in range(2)]
