@@ -98,7 +98,7 @@ def test_damage_is_no_zeros(tmp_path):
     with pytest.raises(Refusal):
         convert(tmp_path / "out", tmp_path / "back", "--to", "official")
     (tmp_path / "out/config.json").write_text("{}")
-    with pytest.raises(Refusal, match="no checkpoint of ours"):
+    with pytest.raises(Refusal, match="no checkpoint that convert has made"):
         convert(tmp_path / "out", tmp_path / "back", "--to", "official")
     assert not (tmp_path / "back").exists()
 
