@@ -56,7 +56,7 @@ def _again(asked, made, feed, tell) -> Callable:
                     lowered = made.lower(size, len(feed.nothing))
                     steps[size] = programs.compiled(tell, lowered, f"training step ({size})")
                 batch = made.batch(rows.latents, rows.states, nothing, number)
-                state, _ = steps[size](state, frozen, batch)
+                state, _ = jax.block_until_ready(steps[size](state, frozen, batch))
         return integrity.summed(saving.raw(state))
 
     return again

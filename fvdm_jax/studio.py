@@ -201,8 +201,9 @@ class Studio:
                 yield np.asarray(canvas[:, :given])
         else:
             drawn = noise(0)
-            like = jax.tree.structure(jax.eval_shape(begin, drawn, drawn, sigmas[:1, None]))
-            begun = rollout.Rolled(past[0], jax.tree.unflatten(like, self._put(past[1])))
+            with jax.set_mesh(self._over):
+                like = jax.eval_shape(self._programs.begin, drawn, drawn, sigmas[:1, None])
+            begun = rollout.Rolled(past[0], jax.tree.unflatten(jax.tree.structure(like), self._put(past[1])))
         self._stages.expect("denoise", sum(calls(request)[begun.next - given :]))
         for frame, now in queue.roll(begun):
             yield np.asarray(frame)
