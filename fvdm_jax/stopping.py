@@ -79,7 +79,7 @@ def deferred() -> Iterator[Callable[[], int]]:
 
     def note(number: int, frame) -> None:
         noted.append(number)
-        os.write(2, b"stopping after this step, when it is saved; once more to stop at once\n")
+        os.write(2, b"stopping after this step; once more to stop at once\n")
         for each, handler in before.items():
             signal.signal(each, handler)
 

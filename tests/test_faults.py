@@ -121,8 +121,8 @@ def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
     out, seconds = whole
     told = goodput.goodput(out)
     spent = sum(told[what] for what in told if what not in ("goodput", "lost"))
-    # Building shapes and looking at flags comes before the ledger begins.
-    assert 0 <= seconds - spent < 0.02 * seconds + 1.5
+    # Building shapes and looking at flags comes before the ledger begins; both are slow where the machine is.
+    assert 0 <= seconds - spent < 0.1 * seconds
     assert {"start", "data", "compile", "step", "save", "evaluation"} <= told.keys()
     assert 0 < told["goodput"] < 1 and told["lost"] == 0 and not incidents(out)
 
@@ -315,7 +315,7 @@ def test_a_second_run_is_refused_in_a_line(whole, config, tmp_path):
 
 
 @pytest.mark.fault("T1")
-def test_whether_a_preempted_host_has_time_to_save_is_told(config, tmp_path):
+def test_whether_a_preempted_host_has_time_to_save_is_told(config, tmp_path, monkeypatch):
     asked = parse([str(config), "--synthetic", "--out", str(tmp_path), "--mesh", "data=2,fsdp=4"])
     state = saving.raw(trainer.build(asked.settings, sizes(asked)).state)
     # What is cut or copied among this host's devices is written once.
