@@ -317,6 +317,6 @@ def check_outputs(request: Request) -> None:
     inputs = set() if request.decode else {os.path.realpath(path) for path in read if path}
     made = () if request.decode else (request.latents,)
     for path in (*request.outputs, *made):
-        if inputs and "\0" not in str(path) and os.path.realpath(path) in inputs:
+        if os.path.exists(path) and os.path.realpath(path) in inputs:
             raise Refusal("--out", f"{path} would replace a file that is read", "give another name")
         check_output(path, "--out", request.overwrite or request.out == OUT)
