@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +31,26 @@ def claimed(target: Path) -> Iterator[None]:
             os.close(held)
 
 
-def _locked(path: Path) -> int | None:
-    """A descriptor that has the lock, None where there is none to be had. Raises BlockingIOError."""
+def sweep(folder: Path) -> None:
+    """Removes the locks that killed processes left in `folder`: those that no process holds."""
+    for name in os.listdir(folder):
+        if fcntl and re.fullmatch(r"\.fvdm-[0-9a-f]{8}\.lock", name):
+            with contextlib.suppress(OSError):
+                held = os.open(folder / name, os.O_RDWR)
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / name)
+                finally:
+                    os.close(held)
+
+
+def _locked(path: Path, patience: float = 0.1) -> int | None:
+    """A descriptor that has the lock, None where there is none to be had.
+
+    Raises BlockingIOError where another process holds it for longer than `patience`, in seconds: a sweep does
+    for an instant.
+    """
+    end = time.monotonic() + patience
     while True:
         try:
             held = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -45,8 +65,10 @@ def _locked(path: Path) -> int | None:
             # It was removed before it was locked.
             pass
         except BlockingIOError:
-            os.close(held)
-            raise
+            if time.monotonic() > end:
+                os.close(held)
+                raise
+            time.sleep(patience / 10)
         except OSError:
             # A mount without locks.
             return held

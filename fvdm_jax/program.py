@@ -216,6 +216,7 @@ def _clear_stale(folder: Path) -> None:
     ours = re.compile(
         rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
     )
+    claims.sweep(folder)
     for name in os.listdir(folder):
         if (match := ours.fullmatch(name)) and not alive(int(match[1])):
             with contextlib.suppress(OSError):

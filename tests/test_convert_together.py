@@ -50,8 +50,10 @@ def test_what_a_killed_one_left_is_no_claim(tmp_path):
             pass
         assert lock.exists()
     lock.touch()
-    with folder_output(tmp_path / "out"):
-        pass
+    lock.with_name(".fvdm-0000ffff.lock").touch()
+    with claims.claimed(tmp_path / "held"), folder_output(tmp_path / "out"):
+        # Of any name, but for those that a process holds.
+        assert len(list(tmp_path.glob("*.lock"))) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
