@@ -48,8 +48,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-KILLS, EVERY = int(os.environ.get("FVDM_KILLS", "50")), 100
-"""How often a run is killed, and the steps between its checkpoints."""
+KILLS, EVERY = int(os.environ.get("FVDM_KILLS", "5")), 100
+"""How often a run is killed at least, and the steps between its checkpoints."""
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def committed(out: Path) -> dict[int, float]:
     return seconds
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.fault("T2")
 def test_it_is_killed_at_any_moment_and_loses_little_more_than_an_interval(config, tmp_path, capsys):
     """At most an interval of steps, and those made in the seconds that a checkpoint takes to be written.
@@ -134,7 +134,8 @@ def test_it_is_killed_at_any_moment_and_loses_little_more_than_an_interval(confi
     seconds = time.monotonic() - began
     out, done, turns, working = tmp_path / "run", 0, 0, 0
     most, beyond, longest = 0, 0.0, max(committed(tmp_path / "whole").values())
-    while done < KILLS:
+    # Many are to come while steps are made and checkpoints written, and not only in preparations.
+    while done < KILLS or (working <= KILLS / 3 and done < 4 * KILLS):
         turns, before = turns + 1, len(logged(out))
         code = server.run(out, draw.uniform(0.3, seconds))
         saved = committed(out)
@@ -165,9 +166,7 @@ def test_it_is_killed_at_any_moment_and_loses_little_more_than_an_interval(confi
             f" {EVERY} an interval; {beyond:.2f} s beyond one, where a save took up to {longest:.2f} s",
             end="",
         )
-    assert most < 2 * EVERY and beyond < longest
-    # Many are to come while steps are made and checkpoints written, and not only in preparations.
-    assert working > KILLS / 3
+    assert most < 2 * EVERY and beyond < longest and working > KILLS / 3
 
 
 @pytest.mark.slow
