@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import re
 import shlex
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fvdm_jax import bench, commands, demo, doctor, evaluate, latents, sample, video
+from fvdm_jax import bench, commands, demo, doctor, evaluate, latents, sample, video, zoo
 from fvdm_jax import train_request as train
 from fvdm_jax.data import job as precompute
 from fvdm_jax.flags import TINY
 from fvdm_jax.planning import request as plan
+from fvdm_jax.schedule import SPACINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
@@ -212,6 +214,20 @@ def test_what_is_named_is_there(path):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
         assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_tables_of_schedules_are_the_schedules():
+    """Their names, their options, and what a window of the bundled model costs by each."""
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in lines if line.startswith("| `")]
+    told = {row[0].strip("`"): re.findall(r"`(\w+)`", row[1]) for row in rows if not row[1].isdigit()}
+    options = {name: list(inspect.signature(zoo.ZOO[name]).parameters)[2:] for name in zoo.ZOO}
+    assert {name: told.get(name) for name in zoo.ZOO} == options
+    measured = {row[0].strip("`"): (int(row[1]), int(row[2])) for row in rows if row[1].isdigit()}
+    assert {name.partition(":")[0] for name in measured} == set(zoo.ZOO)
+    for name, cost in measured.items():
+        matrix = zoo.levels(name, SPACINGS["wan"](10, 3.0), np.ones(9, np.float32))
+        assert tuple(zoo.check(matrix)) == cost, name
 
 
 def test_a_command_that_cannot_be_is_found_out(desk, monkeypatch):
