@@ -243,21 +243,16 @@ def store_records(clips: int = CLIPS):
     save_tree(RUNS / "records/null.safetensors", {"states": states("")})
 
 
-def first(key: jax.Array, frames: int) -> jax.Array:
-    """The first frame alone."""
-    return jnp.arange(frames) == 0
-
-
 def curriculum(step):
-    """PTSS, at first for every other clip and then for every fifth, shifted towards noise; of others frames at
-    one end or at both are clean; of most the first alone, and all others alike in much noise.
+    """PTSS, at first for every other clip and then for every fifth, shifted towards noise; of others frames
+    at one end or at both are clean; of half the first alone, and the rest alike in much noise.
 
     Where frames show how a shape moves, the word for it is not needed, nor is it where none shows a shape.
     """
     asynchronous = levels.linear(step, 0, 1000, 0.5, 0.2)
     ptss = levels.shifted(partial(levels.ptss, probability=asynchronous), SAMPLING["shift"])
     given = [levels.clean(ptss, where) for where in (levels.prefix, levels.ends)]
-    told = levels.clean(levels.shifted(levels.scalar, 8.0), first)
+    told = levels.clean(levels.shifted(levels.scalar, 8.0), levels.at(0))
     return levels.mixture([ptss, *given, told], [0.3, 0.1, 0.1, 0.5])
 
 

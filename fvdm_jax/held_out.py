@@ -10,16 +10,11 @@ from fvdm_jax.shapes import Levels
 from fvdm_jax.training import Batch, Objective
 from fvdm_jax.weights import uniform
 
-
-def _given(at: tuple[int, ...]) -> levels.Where:
-    return lambda key, frames: jnp.zeros(frames, bool).at[jnp.asarray(at)].set(True)
-
-
 FAMILIES = {
     "equal": levels.scalar,
     "random": levels.per_frame,
-    "first": levels.clean(levels.scalar, _given((0,))),
-    "ends": levels.clean(levels.scalar, _given((0, -1))),
+    "first": levels.clean(levels.scalar, levels.at(0)),
+    "ends": levels.clean(levels.scalar, levels.at(0, -1)),
     "prefix": levels.clean(levels.scalar, levels.prefix),
 }
 """Draws for which the error on held-out clips is told: all frames equal, each its own, and one level for

@@ -183,8 +183,13 @@ def subset(key: jax.Array, frames: int, probability: Number = 0.5) -> Bool[Array
     return jax.random.bernoulli(key, probability, (frames,))
 
 
-WHERE = {"prefix": prefix, "suffix": suffix, "ends": ends, "subset": subset}
-"""Which frames are given, by name."""
+def at(*frames: int) -> Where:
+    """These frames; negative ones count from the end."""
+
+    def where(key: jax.Array, count: int) -> Bool[Array, "f"]:
+        return jnp.zeros(count, bool).at[jnp.array(frames)].set(True)
+
+    return where
 
 
 def clean(draw: Draw, where: Where) -> Draw:

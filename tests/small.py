@@ -31,6 +31,21 @@ NETWORKS = checkpoint.Networks(
     text=TextConfig(259, 16, 2, 8, 32, 1, length=24, dtype="float32"),
 )
 
+TRAINING = """
+from fvdm_jax import levels
+from fvdm_jax.config import Training
+from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.optimisers import Optimiser
+
+
+def config(rate=1e-3, **others):
+    return Training(**{{
+        "model": "nowhere", "dit": DiTConfig(8, 16, 2, 1, 4, 4, text_width=4, dtype="float32"),
+        "clip": "2x2x2", "text": 3, "optimizer": Optimiser(rate=rate, warmup=2, clip=1.0),
+        "curriculum": levels.constant(levels.ptss),
+    }} | {settings!r} | others)
+"""
+
 
 def drawn(abstract) -> dict:
     """Parameters for a tree of shapes: normal, divided by the root of what goes into each output."""
@@ -47,6 +62,13 @@ def save(folder: Path) -> None:
     """Writes the model to a folder."""
     params = {name: drawn(checkpoint.KINDS[name][1](getattr(NETWORKS, name))) for name in NETWORKS.there}
     checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})
+
+
+def config(folder: Path, **settings) -> Path:
+    """A config in the folder, of a network whose steps take milliseconds."""
+    path = folder / "config.py"
+    path.write_text(TRAINING.format(settings=settings))
+    return path
 
 
 def train(config: Path, out: Path, *more: str) -> int:

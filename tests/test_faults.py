@@ -21,28 +21,12 @@ from fvdm_jax.program import Refusal
 from fvdm_jax.train import parse, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-from fvdm_jax import levels
-from fvdm_jax.config import Training
-from fvdm_jax.models.dit import DiTConfig
-from fvdm_jax.optimisers import Optimiser
-
-
-def config(rate=1e-3, **others):
-    return Training(**{
-        "model": "nowhere", "dit": DiTConfig(8, 16, 2, 1, 4, 4, text_width=4, dtype="float32"),
-        "clip": "2x2x2", "text": 3, "optimizer": Optimiser(rate=rate, warmup=2, clip=1.0),
-        "curriculum": levels.constant(levels.ptss), "steps": 24, "save_every": 12,
-        "evaluate_every": 6, "held_out": 2, "mesh": "data=8",
-    } | others)
-"""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "config.py"
-    path.write_text(CONFIG)
-    return path
+    settings = dict(steps=24, save_every=12, evaluate_every=6, held_out=2, mesh="data=8")
+    return small.config(tmp_path_factory.mktemp("config"), **settings)
 
 
 def ended(config: Path, out: Path, *more: str):

@@ -8,24 +8,28 @@ import pytest
 
 from fvdm_jax.levels import (
     PUSA_LEVELS,
-    WHERE,
+    at,
     clean,
     constant,
     copula,
+    ends,
     linear,
     logit_normal,
     mixture,
     per_frame,
+    prefix,
     ptss,
     pusa_grid,
     ramp,
     scalar,
     shifted,
     subset,
+    suffix,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
 KEY = jax.random.key(3407)
+WHERE = {"prefix": prefix, "suffix": suffix, "ends": ends, "subset": subset}
 DRAWS = {
     "scalar": scalar,
     "per_frame": per_frame,
@@ -206,6 +210,11 @@ def test_what_is_not_clean_is_as_drawn_and_one_frame_is_never_clean(name):
     levels = drawn(clean(scalar, WHERE[name]), 400, 5)
     assert np.all((levels == 0) | (levels == levels.max(1, keepdims=True)))
     assert np.all(drawn(clean(scalar, WHERE[name]), 400, 1) > 0)
+
+
+def test_named_frames_are_clean():
+    given = drawn(clean(per_frame, at(0, 1, -1)), 50, 6) == 0
+    assert np.array_equal(np.unique(given, axis=0), [[True, True, False, False, False, True]])
 
 
 def test_a_subset_has_its_probability():

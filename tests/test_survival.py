@@ -16,21 +16,6 @@ import pytest
 import small
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-from fvdm_jax import levels
-from fvdm_jax.config import Training
-from fvdm_jax.models.dit import DiTConfig
-from fvdm_jax.optimisers import Optimiser
-
-
-def config(rate=1e-3, **others):
-    return Training(**{
-        "model": "nowhere", "dit": DiTConfig(8, 16, 2, 1, 4, 4, text_width=4, dtype="float32"),
-        "clip": "2x2x2", "text": 3, "optimizer": Optimiser(rate=rate, warmup=2),
-        "curriculum": levels.constant(levels.ptss), "average": 0.9, "steps": 100, "save_every": 5,
-        "evaluate_every": 0, "held_out": 1, "keep_last": 2, "batch": 4,
-    } | others)
-"""
 # jax is imported once; each run is a fork of the process that has it, before any device is touched.
 SERVER = """
 import os, sys, threading
@@ -54,9 +39,8 @@ KILLS, EVERY = int(os.environ.get("FVDM_KILLS", "5")), 100
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "config.py"
-    path.write_text(CONFIG)
-    return path
+    settings = dict(average=0.9, steps=100, save_every=5, evaluate_every=0, held_out=1, keep_last=2, batch=4)
+    return small.config(tmp_path_factory.mktemp("config"), **settings)
 
 
 def environment(devices: int) -> dict[str, str]:

@@ -60,16 +60,12 @@ def bayes(process: Process, params: dict, x: Latents, level: Levels) -> Predicti
     return Prediction(clean, (x - expand(alpha, x) * clean) / expand(sigma, x))
 
 
-def _first(count: int) -> levels.Where:
-    return lambda key, frames: jnp.arange(frames) < count
-
-
 FAMILIES = {
     "diagonal": levels.scalar,
     "random": levels.per_frame,
     "first": HELD_OUT["first"],
     "ends": HELD_OUT["ends"],
-    "prefix 4": levels.clean(levels.scalar, _first(4)),
+    "prefix 4": levels.clean(levels.scalar, levels.at(0, 1, 2, 3)),
     "ramp": levels.ramp,
 }
 """What is known of the frames: draws of levels at which the error is told."""
