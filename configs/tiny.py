@@ -243,17 +243,23 @@ def store_records(clips: int = CLIPS):
     save_tree(RUNS / "records/null.safetensors", {"states": states("")})
 
 
+def begun(key: jax.Array, batch: int, frames: int) -> jax.Array:
+    """The first frame at some level and all others in noise: so a video begins frame by frame."""
+    return jnp.where(jnp.arange(frames) == 0, levels.scalar(key, batch, frames), 1.0)
+
+
 def curriculum(step):
     """PTSS, at first for every other clip and then for every fifth, shifted towards noise; of others frames
-    at one end or at both are clean; of half the first alone, and the rest alike in much noise.
+    at one end or at both are clean. Of half the first frame is clean, or on the way, and the rest is noise.
 
-    Where frames show how a shape moves, the word for it is not needed, nor is it where none shows a shape.
+    Only there the words for shape and direction are needed: elsewhere other frames show what they say.
     """
     asynchronous = levels.linear(step, 0, 1000, 0.5, 0.2)
     ptss = levels.shifted(partial(levels.ptss, probability=asynchronous), SAMPLING["shift"])
     given = [levels.clean(ptss, where) for where in (levels.prefix, levels.ends)]
     told = levels.clean(levels.shifted(levels.scalar, 8.0), levels.at(0))
-    return levels.mixture([ptss, *given, told], [0.3, 0.1, 0.1, 0.5])
+    first = levels.shifted(begun, SAMPLING["shift"])
+    return levels.mixture([ptss, *given, told, first], [0.3, 0.1, 0.1, 0.25, 0.25])
 
 
 def config(rule="muon", rate=2e-3, steps=DIT_STEPS, start="", **others) -> Training:
