@@ -43,6 +43,7 @@ from fvdm_jax.models.text import TextConfig, TextEncoder  # noqa: E402
 from fvdm_jax.models.tokenizer import VOCABULARY, byte_tokenizer  # noqa: E402
 from fvdm_jax.models.vae import VAE, VAEConfig  # noqa: E402
 from fvdm_jax.optimisers import Optimiser  # noqa: E402
+from fvdm_jax.shapes import Levels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs/tiny"
@@ -243,16 +244,17 @@ def store_records(clips: int = CLIPS):
     save_tree(RUNS / "records/null.safetensors", {"states": states("")})
 
 
-def begun(key: jax.Array, batch: int, frames: int) -> jax.Array:
+def begun(key: jax.Array, batch: int, frames: int) -> Levels:
     """The first frame at some level and all others in noise: so a video begins frame by frame."""
     return jnp.where(jnp.arange(frames) == 0, levels.scalar(key, batch, frames), 1.0)
 
 
 def curriculum(step):
-    """PTSS, at first for every other clip and then for every fifth, shifted towards noise; of others frames
-    at one end or at both are clean. Of half the first frame is clean, or on the way, and the rest is noise.
+    """PTSS, at first for every other clip and then for every fifth, shifted towards noise; some clips have
+    clean frames at one end or at both. A quarter have a clean first frame, and the others alike in much
+    noise; a quarter are `begun`.
 
-    Only there the words for shape and direction are needed: elsewhere other frames show what they say.
+    Only in those is the word for the direction needed: elsewhere more frames show what it says.
     """
     asynchronous = levels.linear(step, 0, 1000, 0.5, 0.2)
     ptss = levels.shifted(partial(levels.ptss, probability=asynchronous), SAMPLING["shift"])

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import socket
 import time
 import zlib
 from collections.abc import Iterator
@@ -15,31 +16,38 @@ except ImportError:
     fcntl = None
 
 
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+"""This host, in the names of what its processes leave where others work too."""
+
+
 @contextlib.contextmanager
 def claimed(target: Path) -> Iterator[None]:
     """Around the making of `target`. Raises BlockingIOError where another process makes it.
 
     Where there can be no lock, whoever is done first has the name.
     """
-    path = target.with_name(f".fvdm-{zlib.crc32(os.fsencode(target.name)):08x}.lock")
+    path = target.with_name(f".fvdm-{HOST}-{zlib.crc32(os.fsencode(target.name)):08x}.lock")
     held = _locked(path)
     try:
         yield
     finally:
         if held is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             os.close(held)
 
 
 def sweep(folder: Path) -> None:
-    """Removes the locks that killed processes left in `folder`: those that no process holds."""
+    """Removes the locks that killed processes of this host left in `folder`: those that nobody holds."""
     for name in os.listdir(folder):
-        if fcntl and re.fullmatch(r"\.fvdm-[0-9a-f]{8}\.lock", name):
+        if fcntl and re.fullmatch(rf"\.fvdm-{HOST}-[0-9a-f]{{8}}\.lock", name):
             with contextlib.suppress(OSError):
                 held = os.open(folder / name, os.O_RDWR)
                 try:
                     fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(folder / name)
+                    # Meanwhile another may have removed it, and a third made it again.
+                    if os.path.samestat(os.fstat(held), os.stat(folder / name)):
+                        os.unlink(folder / name)
                 finally:
                     os.close(held)
 

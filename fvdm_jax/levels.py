@@ -184,10 +184,12 @@ def subset(key: jax.Array, frames: int, probability: Number = 0.5) -> Bool[Array
 
 
 def at(*frames: int) -> Where:
-    """These frames; negative ones count from the end."""
+    """These frames; negative ones count from the end. Raises IndexError where a clip is shorter."""
 
     def where(key: jax.Array, count: int) -> Bool[Array, "f"]:
-        return jnp.zeros(count, bool).at[jnp.array(frames)].set(True)
+        chosen = np.zeros(count, bool)
+        chosen[list(frames)] = True
+        return jnp.asarray(chosen)
 
     return where
 

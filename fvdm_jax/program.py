@@ -16,11 +16,9 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import stat
 import sys
 import traceback
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -194,8 +192,7 @@ def leave(code: int) -> NoReturn:
 
 def _temporary(path: Path) -> Path:
     """A free name beside `path`, which says whose it is: host, process, and a random part."""
-    host = zlib.crc32(socket.gethostname().encode())
-    return path.with_name(f".fvdm-{host:08x}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    return path.with_name(f".fvdm-{claims.HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
 
 
 def alive(process: int) -> bool:
@@ -213,9 +210,7 @@ def alive(process: int) -> bool:
 
 def _clear_stale(folder: Path) -> None:
     """Removes what killed processes of this machine left; those of other hosts cannot be judged from here."""
-    ours = re.compile(
-        rf"\.fvdm-{zlib.crc32(socket.gethostname().encode()):08x}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?"
-    )
+    ours = re.compile(rf"\.fvdm-{claims.HOST}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?")
     claims.sweep(folder)
     for name in os.listdir(folder):
         if (match := ours.fullmatch(name)) and not alive(int(match[1])):

@@ -1,4 +1,4 @@
-"""A model with random weights that is smaller than the bundled one, and how it samples."""
+"""A model with random weights, smaller than the bundled one, how it samples, and small training runs."""
 
 import socket
 from pathlib import Path
@@ -64,7 +64,7 @@ def save(folder: Path) -> None:
     checkpoint.save(folder, NETWORKS, params, {"sampling": SAMPLING})
 
 
-def config(folder: Path, **settings) -> Path:
+def training(folder: Path, **settings) -> Path:
     """A config in the folder, of a network whose steps take milliseconds."""
     path = folder / "config.py"
     path.write_text(TRAINING.format(settings=settings))

@@ -1,5 +1,7 @@
 """Two converters on one output: one makes it, and the other says so in a line."""
 
+import contextlib
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -50,11 +52,43 @@ def test_what_a_killed_one_left_is_no_claim(tmp_path):
             pass
         assert lock.exists()
     lock.touch()
-    lock.with_name(".fvdm-0000ffff.lock").touch()
+    lock.with_name(f".fvdm-{claims.HOST}-0000ffff.lock").touch()
     with claims.claimed(tmp_path / "held"), folder_output(tmp_path / "out"):
         # Of any name, but for those that a process holds.
         assert len(list(tmp_path.glob("*.lock"))) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_sweep_takes_no_lock_that_was_made_anew_meanwhile(tmp_path, monkeypatch):
+    """Between its look at a lock and its own hold on it, one process lets go and another takes the name."""
+    with claims.claimed(tmp_path / "out"):
+        (lock,) = tmp_path.iterdir()
+    lock.touch()
+    plain, claim = fcntl.flock, contextlib.ExitStack()
+
+    def late(held: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", plain)
+        lock.unlink()
+        claim.enter_context(claims.claimed(tmp_path / "out"))
+        plain(held, how)
+
+    with claim:
+        monkeypatch.setattr(fcntl, "flock", late)
+        claims.sweep(tmp_path)
+        assert lock.exists()
+
+
+def test_a_lock_that_is_held_for_an_instant_is_waited_for(tmp_path, monkeypatch):
+    plain, busy = fcntl.flock, iter([True, True])
+
+    def flock(held: int, how: int) -> None:
+        if next(busy, False):
+            raise BlockingIOError
+        plain(held, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claims.claimed(tmp_path / "out"):
+        assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_started_at_once_leave_one_whole_output(tmp_path, source):

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small
 from small import train
 
 from fvdm_jax import budget, goodput, measures, runs, saving, train_run, trainer
@@ -21,12 +22,12 @@ from fvdm_jax.program import Refusal
 from fvdm_jax.train import parse, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = {"steps": 24, "save_every": 12, "evaluate_every": 6, "held_out": 2, "mesh": "data=8"}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    settings = dict(steps=24, save_every=12, evaluate_every=6, held_out=2, mesh="data=8")
-    return small.config(tmp_path_factory.mktemp("config"), **settings)
+    return small.training(tmp_path_factory.mktemp("config"), **SETTINGS)
 
 
 def ended(config: Path, out: Path, *more: str):

@@ -215,6 +215,8 @@ def test_what_is_not_clean_is_as_drawn_and_one_frame_is_never_clean(name):
 def test_named_frames_are_clean():
     given = drawn(clean(per_frame, at(0, 1, -1)), 50, 6) == 0
     assert np.array_equal(np.unique(given, axis=0), [[True, True, False, False, False, True]])
+    with pytest.raises(IndexError):
+        at(9)(KEY, 9)
 
 
 def test_a_subset_has_its_probability():

@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 from small import train
-from test_faults import CONFIG
+from test_faults import SETTINGS
 
 from fvdm_jax import integrity, saving, trainer
 from fvdm_jax.presence import Presence
@@ -19,9 +20,7 @@ FLAGS = "--steps", "12", "--save-every", "4", "--evaluate-every", "0", "--mesh",
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "config.py"
-    path.write_text(CONFIG)
-    return path
+    return small.training(tmp_path_factory.mktemp("config"), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
