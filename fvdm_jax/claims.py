@@ -31,25 +31,22 @@ def claimed(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if held is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            os.close(held)
+        _release(path, held)
 
 
-def sweep(folder: Path) -> None:
-    """Removes the locks that killed processes of this host left in `folder`: those that nobody holds."""
-    for name in os.listdir(folder):
+def sweep(folder: Path, names: list[str]) -> None:
+    """Removes those of `names` in a folder that are locks of this host and that no process holds any more."""
+    for name in names:
         if fcntl and re.fullmatch(rf"\.fvdm-{HOST}-[0-9a-f]{{8}}\.lock", name):
-            with contextlib.suppress(OSError):
-                held = os.open(folder / name, os.O_RDWR)
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # Meanwhile another may have removed it, and a third made it again.
-                    if os.path.samestat(os.fstat(held), os.stat(folder / name)):
-                        os.unlink(folder / name)
-                finally:
-                    os.close(held)
+            with contextlib.suppress(BlockingIOError):
+                _release(folder / name, _locked(folder / name, patience=0))
+
+
+def _release(path: Path, held: int | None) -> None:
+    if held is not None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(held)
 
 
 def _locked(path: Path, patience: float = 0.1) -> int | None:

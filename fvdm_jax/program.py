@@ -211,8 +211,9 @@ def alive(process: int) -> bool:
 def _clear_stale(folder: Path) -> None:
     """Removes what killed processes of this machine left; those of other hosts cannot be judged from here."""
     ours = re.compile(rf"\.fvdm-{claims.HOST}-(\d{{1,10}})-[0-9a-f]{{8}}(\..*)?")
-    claims.sweep(folder)
-    for name in os.listdir(folder):
+    names = os.listdir(folder)
+    claims.sweep(folder, names)
+    for name in names:
         if (match := ours.fullmatch(name)) and not alive(int(match[1])):
             with contextlib.suppress(OSError):
                 shutil.rmtree(folder / name) if (folder / name).is_dir() else os.unlink(folder / name)

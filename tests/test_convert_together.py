@@ -74,7 +74,7 @@ def test_a_sweep_takes_no_lock_that_was_made_anew_meanwhile(tmp_path, monkeypatc
 
     with claim:
         monkeypatch.setattr(fcntl, "flock", late)
-        claims.sweep(tmp_path)
+        claims.sweep(tmp_path, [lock.name])
         assert lock.exists()
 
 
