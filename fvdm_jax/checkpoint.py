@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from fvdm_jax import conditioning, lora
@@ -78,7 +78,7 @@ def save_tree(path: Path, tree: dict, dtype: str | None = None) -> None:
     from safetensors.numpy import save_file
 
     flat = {}
-    for key, leaf in flatten(tree):
+    for key, leaf in flatten_dict(tree, sep="/").items():
         array = np.asarray(leaf)
         # A strided array is written wrong by some versions of the library, hence contiguous.
         flat[key] = np.ascontiguousarray(array.astype(dtype) if dtype and _is_float(array) else array)
@@ -119,15 +119,6 @@ def load_adapters(folder: Path, params: dict) -> lora.Adapters:
 def _is_float(array: np.ndarray) -> bool:
     # numpy by itself does not count bfloat16 among the floats.
     return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of every leaf, in the order of the keys."""
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from flatten(tree[key], f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", tree[key]
 
 
 def load(folder: Path, parts: Iterable[str] | None = None) -> tuple[Networks, dict]:
@@ -202,7 +193,8 @@ def restore_onto(folder: Path, name: str, wanted: dict) -> dict:
                 read = lambda at: np.asarray(stored[at] if at else stored[:], leaf.dtype)  # noqa: E731
                 return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
-            return unflatten_dict({key: placed(key, leaf) for key, leaf in flatten(wanted)}, sep="/")
+            leaves = flatten_dict(wanted, sep="/").items()
+            return unflatten_dict({key: placed(key, leaf) for key, leaf in leaves}, sep="/")
     except SafetensorError as broken:
         raise Refusal(path, f"is not a whole safetensors file ({broken})", "copy it again") from broken
 
@@ -259,8 +251,8 @@ def _configured(path: Path, name: str, kind: type, stored: dict):
 
 def _check(path: Path, params: dict, expected: dict) -> None:
     """Raises Refusal unless the arrays have the names and shapes that the network expects."""
-    found = {key: array.shape for key, array in flatten(params)}
-    wanted = {key: array.shape for key, array in flatten(nn.meta.unbox(expected))}
+    found = {key: array.shape for key, array in flatten_dict(params, sep="/").items()}
+    wanted = {key: array.shape for key, array in flatten_dict(nn.meta.unbox(expected), sep="/").items()}
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
             what = f"{key} is {found.get(key, 'absent')}, and of its config {wanted.get(key, 'no part')}"

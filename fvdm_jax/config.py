@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fvdm_jax import rules
+from fvdm_jax.flags import TINY
 from fvdm_jax.kernels.attention import IMPLEMENTATIONS
 from fvdm_jax.kernels.parallel import EXCHANGES
 from fvdm_jax.levels import constant, per_frame, shifted
@@ -25,8 +26,6 @@ from fvdm_jax.optimisers import Optimiser
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import Refusal, number, whole
 from fvdm_jax.weights import WEIGHTS
-
-BUNDLED = str(Path(__file__).parent / "assets/tiny")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Training:
     the records, the share `max_bad` may be unreadable.
     """
 
-    model: str = BUNDLED
+    model: str = str(TINY)
     part: str = "dit"
     dit: DiTConfig | None = None
     fresh: bool = False

@@ -75,34 +75,27 @@ def fitting(devices: list) -> list[str]:
     """A line for each published size: whether a guided clip, and training, fit these devices."""
     from fvdm_jax import layouts, lora, sampling, sharding
     from fvdm_jax.models.dit import SIZES
+    from fvdm_jax.planning import estimates
     from fvdm_jax.planning.roofline import Step
 
     free, lines = machine.free(devices[0]), []
     for name, config in SIZES.items():
         network, clip = lora.Network(config), SMALLER if config.channels_out == 48 else CLIP
         over, attention, _ = sampling.layout("", network, clip, 2)
-        mesh = {axis: over.shape.get(axis, 1) for axis in sharding.AXES}
-        sample = Step(config, clip, mesh, 2, train=False)
         layout = layouts.recommended("train", config, clip, len(devices), len(devices))
         training = sharding.sizes(layout, len(devices))
         clips = training["data"] * training["fsdp"]
-        needs = {
-            "sampling": needed(sample),
-            "LoRA of 64": needed(Step(config, clip, training, clips, rank=64)),
-            "all parameters": needed(Step(config, clip, training, clips)),
+        steps = {
+            "sampling": Step(config, clip, dict(over.shape), 2, train=False),
+            "LoRA of 64": Step(config, clip, training, clips, rank=64),
+            "all parameters": Step(config, clip, training, clips),
         }
-        told = [
-            f"{what} {need / GIB:.0f} GiB {'fits' if need < free else 'no'}" for what, need in needs.items()
-        ]
+        told = []
+        for what, step in steps.items():
+            need = estimates.held(step) + estimates.activations(step)
+            told.append(f"{what} {need / GIB:.0f} GiB {'fits' if need < free else 'no'}")
         lines.append(f"{name:<14} {', '.join(told)}; attention by {attention}")
     return lines
-
-
-def needed(step) -> float:
-    """Bytes that a `roofline.Step` takes of a device, by formulas."""
-    from fvdm_jax.planning import estimates
-
-    return estimates.held(step) + estimates.activations(step)
 
 
 def cli() -> None:

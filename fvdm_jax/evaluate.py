@@ -1,5 +1,6 @@
 """Measures what a model can do: every task, on clips that it was never trained on, judged by rule."""
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Callable
@@ -38,18 +39,14 @@ OUT = "evaluate"
 
 
 class Asked(NamedTuple):
-    """What to measure, checked: the request has the model and how it samples; one of the rest is done."""
+    """What to measure: the flags as given, and what they come to; the request has how the model samples."""
 
+    given: argparse.Namespace
     request: Request
     tasks: list[str]
-    clips: int
     batch: int
-    dtype: str | None
-    losses: bool
     out: Path
     pairs: list[Pair]
-    samples: int
-    collect: Path | None
 
 
 def parser() -> Parser:
@@ -98,18 +95,7 @@ def parse(argv: list[str]) -> Asked:
     if not given.export:
         for path in files(out)[: 1 if given.collect else 2]:
             check_output(path, "--out", given.overwrite)
-    return Asked(
-        request,
-        names,
-        given.clips,
-        batch,
-        given.dtype,
-        given.losses,
-        out,
-        several,
-        given.samples,
-        given.collect,
-    )
+    return Asked(given, request, names, batch, out, several)
 
 
 def files(out: Path) -> tuple[Path, Path]:
@@ -156,7 +142,7 @@ def _request(given) -> Request:
 def main(argv: list[str]) -> None:
     """Measures what `argv` asks for, prints a table and writes JSON and a picture."""
     asked = parse(argv)
-    if asked.collect:
+    if asked.given.collect:
         collect(asked)
     elif asked.pairs:
         export(asked)
@@ -174,13 +160,13 @@ def measure(asked: Asked) -> None:
 
             machine.keep_compiled_programs()
             machine.keep_memory()
-        examiner = generate.Examiner(asked.request, asked.batch, asked.dtype, stages)
-        plan = run.plan(examiner.window, asked.tasks, asked.clips, asked.batch)
-        record, examples = run.evaluate(examiner, plan, asked.losses, stages)
+        examiner = generate.Examiner(asked.request, asked.batch, asked.given.dtype, stages)
+        plan = run.plan(examiner.window, asked.tasks, asked.given.clips, asked.batch)
+        record, examples = run.evaluate(examiner, plan, asked.given.losses, stages)
     said = {
         "model": os.path.abspath(asked.request.model),
         "settings": generate.described(asked.request)
-        | {"clips": asked.clips, "batch": asked.batch, "dtype": examiner.networks.dit.dtype},
+        | {"clips": asked.given.clips, "batch": asked.batch, "dtype": examiner.networks.dit.dtype},
         "scenes": {"seed": generate.EVALUATION_SEED, "first": 0},
         "device": f"{len(jax.devices())} × {jax.devices()[0].device_kind}",
         "versions": machine.versions(),
@@ -198,12 +184,15 @@ def export(asked: Asked) -> None:
     settings = asked.request.settings
     shown = {n: v for n, v in settings.items() if n not in ("prompt", "keep", "out", "strength")}
     folder = Export(asked.out, shown)
-    total, missing = len(asked.pairs) * asked.samples, len(folder.missing(asked.pairs, asked.samples))
+    total, missing = (
+        len(asked.pairs) * asked.given.samples,
+        len(folder.missing(asked.pairs, asked.given.samples)),
+    )
     print(f"{total} videos of {len(asked.pairs)} prompts, {missing} of them still to be made")
     if missing:
         with Stages() as stages:
             make = partial(sampled, asked.request, sampler(asked, stages))
-            for name in folder.fill(asked.pairs, asked.samples, make):
+            for name in folder.fill(asked.pairs, asked.given.samples, make):
                 stages.say(f"{len(folder.done)}: {plain(name)}")
     print("wrote", folder.videos)
 
@@ -238,10 +227,10 @@ def collect(asked: Asked) -> None:
     """VBench's results as one table and one file."""
     from fvdm_jax.evaluating import table
 
-    found = collected(asked.collect)
+    found = collected(asked.given.collect)
     path = files(asked.out)[0]
     with outputs(path) as (draft,):
-        draft.write_text(legible({"folder": str(asked.collect), "dimensions": found}) + "\n", "utf-8")
+        draft.write_text(legible({"folder": str(asked.given.collect), "dimensions": found}) + "\n", "utf-8")
     rows = [[name, f"{100 * each['score']:.2f}%", str(each["videos"])] for name, each in found.items()]
     table.show(["dimension", "score", "videos"], rows)
     print("wrote", path)

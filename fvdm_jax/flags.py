@@ -50,7 +50,7 @@ def _shown(add: Callable) -> None:
     add("--frames", type=whole, metavar="N", help="frames of the video, 1 + 4n")
     add(
         "--size",
-        type=_size,
+        type=size,
         metavar="HxW",
         help="height and width in pixels, multiples of 16 (or as the model has it)",
     )
@@ -187,7 +187,8 @@ def _one_or_two(text: str) -> float | tuple[float, float]:
     return (number(first), number(second)) if comma else number(text)
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
+    """Height and width of HxW."""
     match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
     if not match:
         raise argparse.ArgumentTypeError(

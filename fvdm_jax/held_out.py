@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fvdm_jax import levels, training
+from fvdm_jax.process import Process
 from fvdm_jax.shapes import Levels
 from fvdm_jax.training import Batch, Objective
 from fvdm_jax.weights import uniform
@@ -21,9 +22,9 @@ FAMILIES = {
 those that are not given: all but the first frame, both ends, or any number of first frames."""
 
 
-def errors(apply, objective: Objective, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
+def errors(apply, process: Process, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
     """The mean error of a clip with levels of each of FAMILIES, always the same levels and the same noise."""
-    plain = objective._replace(weight=uniform, dropout=0.0)
+    plain = Objective(process, levels.constant(levels.scalar), uniform, 0.0)
 
     def noised(draw):
         fixed = plain._replace(curriculum=levels.constant(draw))

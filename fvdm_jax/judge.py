@@ -10,17 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax.data.source import (
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    SIZES,
-    SPEEDS,
-    TONES,
-    Scene,
-    table,
-    velocity,
-)
+from fvdm_jax.data.source import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, TONES, Scene, table, velocity
 from fvdm_jax.metrics import delta_e
 from fvdm_jax.sight import RADII, Sight, View, covered, located, nearer, parted, voted
 
@@ -192,13 +182,8 @@ def continues(reading: Reading, scene: Scene, i: int, after: int) -> tuple[bool,
     return bool(right and np.minimum(*off).max() < 0.25 and error < 0.1), error
 
 
-def seam(clip: np.ndarray, at: int) -> Seam:
-    """How much more changes between frames `at` − 1 and `at` of a clip [t H W 3] than between others."""
-    return seams(clip, read(clip), [at])[0]
-
-
 def seams(clip: np.ndarray, reading: Reading, places: Sequence[int]) -> list[Seam]:
-    """The `seam` at each of these frames of a clip [t H W 3], of which all is read.
+    """How much more changes, from the frame before to each of these of a clip [t H W 3], than elsewhere.
 
     The change of colour is that of the mean colour in CIELAB (ΔE, CIE 1976).
     """

@@ -98,11 +98,6 @@ class Optimiser:
         )
 
 
-def optimiser(name: str, rate: float, **settings) -> optax.GradientTransformation:
-    """The transformation of the Optimiser with these settings."""
-    return Optimiser(name, rate, **settings).transformation()
-
-
 def _one_of(what: str, given: str, known) -> None:
     if given not in known:
         raise ValueError(f"{what} is {given!r}; give one of {', '.join(known)}")

@@ -187,7 +187,7 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
         compiler_options=dit.options(network, over.devices.flat[0].platform),
     )
-    errors = jax.jit(partial(held_out.errors, apply, recipe.objective))
+    errors = jax.jit(partial(held_out.errors, apply, recipe.objective.process))
     return Trainer(
         settings,
         network,
@@ -304,10 +304,6 @@ def _away(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _is_away(leaf) -> bool:
-    return leaf.sharding.memory_kind == "pinned_host"
-
-
 def _drawn(network: dit.DiTConfig, wanted: dict, key: jax.Array) -> dict:
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), _fresh(network, key), wanted)
 
@@ -323,7 +319,7 @@ def plan(trainer: Trainer, clip: tuple[int, int, int], text: int) -> list[str]:
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainer.state.params))
     still = sum(leaf.size for leaf in jax.tree.leaves(trainer.frozen))
     leaves = jax.tree.leaves((trainer.state, trainer.frozen))
-    away = sum(map(bytes_of, filter(_is_away, leaves)))
+    away = sum(bytes_of(leaf) for leaf in leaves if leaf.sharding.memory_kind == "pinned_host")
     held = sum(map(bytes_of, leaves)) - away
     gradients = sum(bytes_of(leaf) for leaf in jax.tree.leaves(trainer.state.params))
     flops = costs.training(trainer.network, clip, text, trained if settings.rank else 0) * settings.batch

@@ -199,17 +199,12 @@ def gradients(params: dict, noised: Noised, apply: Apply, recipe: Recipe) -> tup
     else:
         # Each device's clips are dealt to all parts, so that none moves to another device.
         dealt = jax.tree.map(lambda leaf: rearrange(leaf, "(b p) ... -> p b ...", p=recipe.parts), noised)
-        first = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(slope, _first(dealt))
-        )
+        shapes = jax.eval_shape(slope, jax.tree.map(lambda leaf: leaf[0], dealt))
+        first = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, measures), _ = jax.lax.scan(
             lambda total, part: (jax.tree.map(jnp.add, total, slope(part)), None), first, dealt
         )
     return jax.tree.map(lambda leaf: leaf / clips, grads), measures
-
-
-def _first(dealt: Noised) -> Noised:
-    return jax.tree.map(lambda leaf: leaf[0], dealt)
 
 
 def averaged(state: TrainState, params: dict, decay: float) -> dict | None:

@@ -8,21 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fvdm_jax.decode import Media, pictures, probe
+from fvdm_jax.decode import Media, pictures, probe  # noqa: F401 video.Media and video.probe
 from fvdm_jax.program import Refusal
-
-__all__ = [
-    "Media",
-    "contact_sheet",
-    "probe",
-    "read",
-    "shown",
-    "to_pixels",
-    "to_unit",
-    "write_gif",
-    "write_mp4",
-]
-
 
 STRIDE = 4
 """Pixel frames that a latent frame after the first stands for."""

@@ -50,9 +50,14 @@ def trapezoid(frames: int, steps: int, lag: float = 1.0) -> Progress:
     return delayed(np.floor(lag * ends + 1e-9), steps)
 
 
-def autoregressive(frames: int, steps: int, block: int = 1) -> Progress:
-    """A block of frames begins when the one before it is clean."""
-    return delayed(steps * (np.arange(frames) // block), steps)
+def autoregressive(frames: int, steps: int, block: int = 1, first: int | None = None) -> Progress:
+    """A block of frames begins when the one before it is clean; the first block has `first` frames.
+
+    With one of 1 and a block of all others text-to-video is text-to-image, of the first latent frame, and
+    image-to-video after it.
+    """
+    behind = np.arange(frames) - (block if first is None else first)
+    return delayed(steps * np.maximum(behind // block + 1, 0), steps)
 
 
 def ad(frames: int, steps: int, lag: int = 5, block: int = 1) -> Progress:

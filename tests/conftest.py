@@ -44,7 +44,7 @@ def optimised():
 @pytest.fixture(autouse=True)
 def as_for_users(request):
     """What looks at programs for accelerators gets them as users have them."""
-    if any(request.node.get_closest_marker(mark) for mark in ("tpu_aot", "gpu")):
+    if request.node.get_closest_marker("tpu_aot"):
         request.getfixturevalue("optimised")
 
 
@@ -75,6 +75,28 @@ def experts(model, tmp_path_factory) -> Path:
     told["sampling"] |= {"boundary": 0.7}
     (folder / "config.json").write_text(json.dumps(told))
     return folder
+
+
+@pytest.fixture(scope="module")
+def longer(model, tmp_path_factory) -> Path:
+    """The small model, with clips of 17 frames, long enough for every task."""
+    folder = tmp_path_factory.mktemp("longer")
+    for path in model.glob("*.safetensors"):
+        (folder / path.name).symlink_to(path)
+    told = json.loads((model / "config.json").read_text())
+    told["sampling"] |= {"frames": 17, "size": [32, 32]}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tpu():
+    """Compiles for chips that are not there: devices of a slice, by its name."""
+    pytest.importorskip("libtpu", reason='needs libtpu: pip install -e ".[plan]"')
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    from jax.experimental import topologies
+
+    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
 @pytest.fixture

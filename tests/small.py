@@ -1,11 +1,13 @@
 """A model with random weights, smaller than the bundled one, how it samples, and small training runs."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from fvdm_jax import checkpoint
 from fvdm_jax.models.dit import DiTConfig
@@ -76,6 +78,19 @@ def train(config: Path, out: Path, *more: str) -> int:
     from fvdm_jax.train import main
 
     return main([str(config), "--out", str(out), "--synthetic", *more])
+
+
+def far(ours, golden) -> float:
+    """The root mean square of the difference, relative to that of `golden`."""
+    return float(np.linalg.norm(np.float64(ours) - np.float64(golden)) / np.linalg.norm(np.float64(golden)))
+
+
+def equations(jaxpr) -> Iterator:
+    """All of a program, those of loops, branches and functions in it too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def address() -> str:

@@ -59,7 +59,7 @@ def test_a_disk_that_is_full_at_the_end_costs_no_finished_latents(sampler, here,
     assert again.returncode == 0 and video.probe(here / "v.mp4").frames == 9, again.stderr
 
 
-@pytest.mark.parametrize("moment", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("moment", [0.0, 1.0, 3.0, 6.0])
 def test_ctrl_c_ends_it_at_any_moment(model, tmp_path, moment):
     """So many seconds after its first line: while jax is imported, loads, compiles or denoises."""
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -78,11 +78,6 @@ def test_tokens_of_pictures_are_wans_and_are_joined():
     assert np.abs(both[:, :5] - alone).max() > 0.1
 
 
-def far(ours, golden) -> float:
-    """Relative L2."""
-    return float(np.linalg.norm(ours - golden) / np.linalg.norm(golden))
-
-
 def step(looks: Looks, params, prompts, extra, scale, x, rows) -> tuple[Told, jax.Array]:
     """What is told, and the velocity by which one step of Euler over rows [2 f] moves x."""
     config, *_ = params
@@ -101,7 +96,7 @@ def test_a_step_of_the_sampler_is_along_wans_velocity(name, guided):
     prompts = reference.text, 0 * reference.text
     model = reference.config, reference.params
     _, made = step(Looks(guided), model, prompts, reference.extra, 1.0, reference.latents("in/x"), rows)
-    assert far(made, reference.latents("out/wan21")) < 1e-5
+    assert small.far(made, reference.latents("out/wan21")) < 1e-5
 
 
 def twice(reference: Reference) -> tuple[jax.Array, Extra]:
@@ -122,8 +117,8 @@ def test_every_row_of_guidance_is_given_the_same():
     assert np.array_equal(*first) and not np.array_equal(*second)
     run, levels = jax.jit(network.velocity), jnp.stack([1000 * rows[0]] * 2)
     with_text, without = (run(params, x, levels, each, extra) for each in (text, negative))
-    assert far(made, without + 3.0 * (with_text - without)) < 1e-5
-    assert far(made, run(params, x, levels, negative, extra)) > 1e-2
+    assert small.far(made, without + 3.0 * (with_text - without)) < 1e-5
+    assert small.far(made, run(params, x, levels, negative, extra)) > 1e-2
     many = jax.eval_shape(
         Generation(network, flow, euler, Looks(True, 2)).told, params, (text, negative), extra
     )
@@ -145,7 +140,7 @@ def test_over_a_mesh_the_step_is_that_of_one_device():
         moved = made.advance(params, told, 3.0, carry, rows)[0]
     assert told.channels.addressable_shards[0].data.shape[0] == 1 == told.channels.shape[0] // 2
     assert moved.sharding.is_fully_replicated
-    assert far((moved - carry[0]) / -0.4, alone) < 1e-5
+    assert small.far((moved - carry[0]) / -0.4, alone) < 1e-5
 
 
 def test_without_extras_the_programs_are_as_they_were():

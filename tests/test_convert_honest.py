@@ -66,14 +66,6 @@ def test_eight_bits_scaled_into_float32_are_not_rounded(tmp_path):
     assert equal(tree(tmp_path / "again/dit"), tree(tmp_path / "out/dit"))
 
 
-def test_a_type_does_not_hide_mislabelled_bytes(tmp_path):
-    kernel = np.random.default_rng(0).normal(0, 0.02, (64, 64)).astype(ml_dtypes.bfloat16).view(np.float16)
-    tensors = {key: array.astype(np.float16) for key, array in weights("dit_t2v").items()}
-    tensors |= {f"blocks.{i}.self_attn.k.weight": kernel for i in range(2)}
-    with pytest.raises(Refusal, match="labelled float16"):
-        convert(put(tmp_path / "in", tensors), tmp_path / "out", "--dtype", "bfloat16")
-
-
 def test_clip_beside_a_transformer_does_not_take_its_heads(tmp_path):
     put(tmp_path / "in", weights("dit_t2v"), CONFIG | {"dim": 63})
     path = put(
@@ -88,9 +80,8 @@ def test_damage_is_no_zeros(tmp_path):
     chunk = tmp_path / "out/dit/blocks.ffn.up.kernel/0.0.0"
     whole = chunk.read_bytes()
     chunk.unlink()
-    for flags in (["--to", "official"],):
-        with pytest.raises(Refusal, match="damaged"):
-            convert(tmp_path / "out", tmp_path / "back", *flags)
+    with pytest.raises(Refusal, match="damaged"):
+        convert(tmp_path / "out", tmp_path / "back", "--to", "official")
     chunk.write_bytes(whole[:-1])
     with pytest.raises(Refusal, match="damaged"):
         convert(tmp_path / "in/model.safetensors", tmp_path / "out", "--verify")

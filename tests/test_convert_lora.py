@@ -41,10 +41,9 @@ def near(found: dict, wanted: dict) -> bool:
 
 def saved(folder: Path, name: str) -> Path:
     """The file of a dialect; peft's has its config beside it, and its alpha is in B already."""
-    peft = {"lora_alpha": 4, "r": 4} if name == "peft_raw" else None
     path = put(folder, part(name), None, "lora.safetensors")
-    if peft:
-        (folder / "adapter_config.json").write_text(json.dumps(peft))
+    if name == "peft_raw":
+        (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "r": 4}))
     return path
 
 

@@ -159,11 +159,12 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, name):
     assert word in refused(tmp_path, put(tmp_path, changed(**changes)))
 
 
-def test_bfloat16_bytes_labelled_float16_are_refused(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"]], ids=str)
+def test_bfloat16_bytes_labelled_float16_are_refused(tmp_path, flags):
     kernel = np.random.default_rng(0).normal(0, 0.02, (64, 64)).astype(ml_dtypes.bfloat16).view(np.float16)
     tensors = {key: array.astype(np.float16) for key, array in weights("dit_t2v").items()}
     tensors |= {f"blocks.{i}.self_attn.k.weight": kernel for i in range(2)}
-    assert "labelled float16" in refused(tmp_path, put(tmp_path, tensors))
+    assert "labelled float16" in refused(tmp_path, put(tmp_path, tensors), *flags)
 
 
 def test_another_network_is_refused_by_as_and_by_its_config(tmp_path):

@@ -3,13 +3,14 @@
 import json
 import os
 import struct
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made import clip, damage, moving, pictures
 from PIL import Image
+from test_corpus import captions
+from test_decode import written
 
 from fvdm_jax import video
 from fvdm_jax.data.corpus import find
@@ -41,11 +42,6 @@ def here(tmp_path, monkeypatch) -> None:
 def looked(cut: Cut = CUT, **options) -> dict:
     """What becomes of each file in the folder of clips, by its name."""
     return {row.source.path.name: row for row in rows(find([Path("clips")], **options), cut)}
-
-
-def captions(*given: str, **options) -> dict[str, str | None]:
-    """The caption of each clip that is found, by its path."""
-    return {str(source.path): source.caption for source in find(list(map(Path, given)), **options)}
 
 
 def test_the_report_says_of_each_file_what_becomes_of_it():
@@ -114,20 +110,10 @@ def test_windows_of_a_clip_are_what_video_reads():
 
 def test_a_variable_rate_is_followed():
     """A frame stands until the next one comes, whatever the file's rate is on average."""
-    import av
-
-    with av.open("clips/a.mp4", "w") as container:
-        stream = container.add_stream("libx264", 1000)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for index, time in enumerate([0, 125, 600, 625, 700, 1000]):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 40 * index, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    written("clips/a.mp4", [0, 125, 600, 625, 700, 1000], (48, 32))
     row = looked(caption="it stands")["a.mp4"]
     (pixels,) = read(row.clips, CUT)
-    assert row.frames == 9 and np.rint(pixels.mean((1, 2, 3)) / 40).tolist() == [0, 1, 1, 1, 1, 3, 4, 4, 5]
+    assert row.frames == 9 and np.rint(pixels.mean((1, 2, 3)) / 10).tolist() == [0, 1, 1, 1, 1, 3, 4, 4, 5]
 
 
 def test_a_rotated_clip_goes_to_the_bucket_of_its_shape():

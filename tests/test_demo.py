@@ -1,6 +1,5 @@
 """The page of all tasks, and what the doctor says."""
 
-import json
 import re
 
 import pytest
@@ -8,18 +7,6 @@ import pytest
 from fvdm_jax import demo, doctor
 from fvdm_jax.evaluating.cases import TASKS
 from fvdm_jax.program import run
-
-
-@pytest.fixture(scope="module")
-def longer(model, tmp_path_factory):
-    """The small model, with clips of 17 frames."""
-    folder = tmp_path_factory.mktemp("longer")
-    for path in model.glob("*.safetensors"):
-        (folder / path.name).symlink_to(path)
-    told = json.loads((model / "config.json").read_text())
-    told["sampling"] |= {"frames": 17, "size": [32, 32]}
-    (folder / "config.json").write_text(json.dumps(told))
-    return folder
 
 
 def test_the_page_has_every_task(longer, tmp_path, capfd):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from small import equations
 
 from convert import convert, wan
 from fvdm_jax.models.dit import SIZES, DiT, DiTConfig, Extra, abstract
@@ -163,14 +163,14 @@ def test_rematerialised_layers_have_the_same_gradients(small, remat):
 def test_depth_costs_no_program():
     """Layers are scanned: forty of them are as much to compile as two."""
 
-    def equations(layers: int) -> int:
+    def lines(layers: int) -> int:
         config = dataclasses.replace(TINY, layers=layers)
         params = nn.meta.unbox(abstract(config))
         x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 5, 48))
         apply = lambda params: DiT(config).apply({"params": params}, x, jnp.zeros((1, 3)), text)  # noqa: E731
         return len(str(jax.make_jaxpr(apply)(params)).splitlines())
 
-    assert equations(40) == equations(2)
+    assert lines(40) == lines(2)
 
 
 def test_no_array_is_tokens_times_the_whole_modulation():
@@ -179,14 +179,9 @@ def test_no_array_is_tokens_times_the_whole_modulation():
     x, text = jnp.zeros((1, 3, 6, 8, 16)), jnp.zeros((1, 5, 48))
     jaxpr = jax.make_jaxpr(lambda p: DiT(TINY).apply({"params": p}, x, jnp.zeros((1, 3)), text))(params)
 
-    def shapes(jaxpr):
-        for equation in jaxpr.eqns:
-            yield from (var.aval.shape for var in equation.outvars)
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                yield from shapes(inner)
-
+    shapes = [var.aval.shape for equation in equations(jaxpr.jaxpr) for var in equation.outvars]
     per_frame, per_token = 3 * 6 * TINY.width, 3 * 3 * 4 * 6 * TINY.width
-    sizes = {math.prod(shape) for shape in shapes(jaxpr.jaxpr) if {6, 6 * TINY.width} & set(shape)}
+    sizes = {math.prod(shape) for shape in shapes if {6, 6 * TINY.width} & set(shape)}
     assert per_frame in sizes and max(sizes) < per_token
 
 

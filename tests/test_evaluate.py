@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-import small
 from PIL import Image
 
 from fvdm_jax import evaluate, judge, metrics, sample
@@ -110,21 +109,10 @@ def test_a_jump_at_a_seam_is_seen(true):
     assert jump["seam_delta_e"] > 5 > 1 > same["seam_delta_e"] and jump["seam_colour"] > 5
 
 
-@pytest.fixture(scope="module")
-def long_model(tmp_path_factory):
-    """A model with random weights whose clips are long enough for every task."""
-    folder = tmp_path_factory.mktemp("long")
-    small.save(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["sampling"] |= {"frames": 17, "size": [32, 32], "steps": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 @pytest.mark.thorough
-def test_a_run_leaves_scores_and_a_picture(long_model, tmp_path, capfd):
+def test_a_run_leaves_scores_and_a_picture(longer, tmp_path, capfd):
     out = tmp_path / "found"
-    argv = ["--model", long_model, "--clips", "2", "--batch", "2", "--steps", "2", "--out", out]
+    argv = ["--model", longer, "--clips", "2", "--batch", "2", "--steps", "2", "--out", out]
     code = run_program(evaluate.main, list(map(str, argv)))
     said, err = capfd.readouterr()
     assert code == 0, err

@@ -150,7 +150,6 @@ def learned(tmp_path_factory, best) -> tuple[Path, arms.Arm, list]:
     return out, adapted, list(losses.values())
 
 
-@pytest.mark.thorough
 def test_an_arm_learns_and_adapters_on_it_too(learned):
     out, adapted, (scratch, tuned) = learned
     assert len(scratch) == len(tuned) == 20

@@ -147,7 +147,7 @@ def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch
 
 @pytest.mark.thorough
 @pytest.mark.fault("T7")
-def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch, capfd):
+def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch):
     changed(monkeypatch, 19, lambda latents: latents * 1e3)
     out = tmp_path / "run"
     assert train(config, out) == 0
@@ -288,7 +288,7 @@ def test_a_device_without_memory_is_a_refusal_that_names_what_is_large(config, t
 
 
 @pytest.mark.fault("T13")
-def test_a_second_run_is_refused_in_a_line(whole, config, tmp_path):
+def test_a_second_run_is_refused_in_a_line(config, tmp_path):
     from fvdm_jax.presence import Presence
 
     out = tmp_path / "run"

@@ -40,13 +40,6 @@ def test_what_once_crashed_is_refused_or_sound(path, tmp_path, monkeypatch):
     refused(target, tmp_path / "case", path.read_bytes())
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_seeds_are_taken(target, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for seed in target.seeds(tmp_path):
-        assert not refused(target, tmp_path / "case", seed)
-
-
 def _fails(path: Path, case: bytes) -> None:
     if b"x" in case:
         raise Refusal(path, "has an x")

@@ -1,13 +1,12 @@
 """The kernels of attention against plain formulas: forward, backward, what they hold and what they keep."""
 
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from small import equations
 
 from fvdm_jax.kernels import cudnn, flash, splash
 from fvdm_jax.models.layers import REMAT
@@ -49,14 +48,6 @@ def distances(got, want) -> dict[str, float]:
         least = 0 if got[3].shape[1] > 1 else np.sqrt(y.size)
         found[name] = float(np.linalg.norm(x - y) / max(np.linalg.norm(y), least))
     return found
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr and of those inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 SIZES = [(1, 128, 128, 1, 128), (2, 130, 130, 2, 64), (1, 33, 1, 2, 24), (1, 200, 769, 1, 128)]
@@ -168,26 +159,13 @@ def test_cudnn_is_called_as_jax_calls_it(monkeypatch):
     assert found == calls(public)
 
 
-@pytest.fixture(scope="module")
-def chips():
-    """One chip of each generation that is not here."""
-    pytest.importorskip("libtpu", reason='needs libtpu: pip install "jax[tpu]"')
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jax.experimental import topologies
-
-    names = "v5e:2x4", "v5p:2x2x1", "v6e:2x4"
-    return {
-        name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0] for name in names
-    }
-
-
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("n, m", [(32_760, 32_760), (75_600, 75_600), (32_760, 512), (9_450, 769), (100, 1)])
-def test_splash_compiles_for_every_tpu(chips, n, m, dtype, capsys):
+def test_splash_compiles_for_every_tpu(tpu, n, m, dtype, capsys):
     """5 heads of 128; temporary bytes by the compiler."""
-    for name, chip in chips.items():
-        at = jax.sharding.SingleDeviceSharding(chip)
+    for name in ("v5e:2x4", "v5p:2x2x1", "v6e:2x4"):
+        at = jax.sharding.SingleDeviceSharding(tpu(name)[0])
         q, k = (jax.ShapeDtypeStruct((1, size, 5, 128), dtype, sharding=at) for size in (n, m))
         lse = jax.ShapeDtypeStruct((1, 5, n), "float32", sharding=at)
         kernel = splash.flash()

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
+from test_convert_lora import part
+from test_convert_program import weights
 
 from convert import convert, lora, wan
 from convert.dialects import dialect, recognised
@@ -18,7 +19,6 @@ from fvdm_jax.lora import Adapters, merge, variables
 from fvdm_jax.models.dit import DiT, DiTConfig
 from fvdm_jax.program import Refusal
 
-GOLDEN = Path(__file__).parent / "golden"
 CONFIG = DiTConfig(64, 160, 2, 2, text_width=48, dtype="float32")
 RULES = wan.dit()
 FILE = Path("adapters.safetensors")
@@ -37,14 +37,8 @@ WRITTEN = {"comfy_diffusion_model": "comfy", "diffsynth": "pusa", "peft_raw": "p
 
 
 @pytest.fixture(scope="module")
-def every() -> dict[str, np.ndarray]:
-    return load_file(GOLDEN / "lora_dialects.safetensors")
-
-
-@pytest.fixture(scope="module")
 def base() -> dict[str, np.ndarray]:
-    arrays = np.load(GOLDEN / "dit_t2v.npz")
-    return {key[2:]: arrays[key] for key in arrays if key.startswith("w/")}
+    return weights("dit_t2v")
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +51,6 @@ def run():
     x, text = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(1, 3, 6, 8, 16), (1, 9, 48)]))
     network = jax.jit(DiT(CONFIG).apply)
     return lambda trees: network(trees, x, jnp.array([[900.0, 500.0, 20.0]]), text)
-
-
-def part(every: dict, name: str) -> dict[str, np.ndarray]:
-    return {key.partition("/")[2]: array for key, array in every.items() if key.partition("/")[0] == name}
 
 
 def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -80,9 +70,9 @@ def read(arrays: dict[str, np.ndarray], config: dict | None = PEFT, **more) -> A
 
 
 @pytest.fixture(scope="module")
-def adapters(every) -> Adapters:
+def adapters() -> Adapters:
     """Those with full differences too."""
-    return read(part(every, "lightx2v_diffs"))
+    return read(part("lightx2v_diffs"))
 
 
 def refused(arrays: dict[str, np.ndarray], *told: str, **more) -> None:
@@ -112,20 +102,20 @@ def close(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize("found, ours", DIALECTS.items())
-def test_every_dialect_merges_as_the_reference_does(every, base, params, found, ours):
-    arrays = part(every, found)
+def test_every_dialect_merges_as_the_reference_does(base, params, found, ours):
+    arrays = part(found)
     assert recognised(arrays) and dialect(tensors(arrays)) == ours
-    close(merge(params, read(arrays), 1.0), convert(RULES, base | part(every, "merged")))
+    close(merge(params, read(arrays), 1.0), convert(RULES, base | part("merged")))
 
 
-def test_differences_merge_as_the_reference_does(every, base, params):
-    changed = part(every, "merged") | part(every, "merged_diffs_extra")
-    close(merge(params, read(part(every, "lightx2v_diffs")), 1.0), convert(RULES, base | changed))
+def test_differences_merge_as_the_reference_does(base, params):
+    changed = part("merged") | part("merged_diffs_extra")
+    close(merge(params, read(part("lightx2v_diffs")), 1.0), convert(RULES, base | changed))
 
 
 @pytest.mark.parametrize("found", ["kohya_musubi", "lightx2v_diffs"])
-def test_adapters_at_run_time_are_what_is_merged(every, params, run, found):
-    adapters = read(part(every, found))
+def test_adapters_at_run_time_are_what_is_merged(params, run, found):
+    adapters = read(part(found))
     merged, beside = run({"params": merge(params, adapters, 0.7)}), run(variables(params, [(adapters, 0.7)]))
     # Of outputs of about 1; the products are summed in another order.
     np.testing.assert_allclose(beside, merged, rtol=0, atol=1e-5)
@@ -159,7 +149,7 @@ def test_strength_nought_changes_nothing_and_what_is_not_adapted_is_not_copied(p
         assert tree["text_embedding"]["up"]["kernel"] is params["text_embedding"]["up"]["kernel"]
 
 
-def test_layers_that_a_file_leaves_out_stay_as_they_are(params, run):
+def test_layers_that_a_file_leaves_out_stay_as_they_are(params):
     adapters = read(low_rank("blocks.1.cross_attn.o"))
     merged = merge(params, adapters, 1.0)["blocks"]["cross_attn"]["o"]["kernel"]
     before = params["blocks"]["cross_attn"]["o"]["kernel"]
@@ -208,8 +198,8 @@ def test_a_sum_is_rounded_once(params, adapters):
 
 
 @pytest.mark.parametrize("found, ours", WRITTEN.items())
-def test_what_is_read_and_written_again_is_the_same_to_the_bit(every, found, ours):
-    arrays = part(every, found)
+def test_what_is_read_and_written_again_is_the_same_to_the_bit(found, ours):
+    arrays = part(found)
     same(lora.exported(read(arrays), RULES, ours), arrays)
     if ours == "peft":
         config = lora.adapter_config(read(arrays), RULES)
@@ -224,8 +214,8 @@ def test_bfloat16_and_alpha_come_back_to_the_bit():
         same(lora.exported(read(arrays), RULES, "comfy"), arrays)
 
 
-def test_every_dialect_that_is_written_means_the_same(every, params):
-    adapters = read(part(every, "kohya_musubi"))
+def test_every_dialect_that_is_written_means_the_same(params):
+    adapters = read(part("kohya_musubi"))
     adapters.low_rank["blocks"]["ffn"]["up"]["scale"][1] = 0.25
     expected = merge(params, adapters, 1.0)
     for name in ("comfy", "pusa", "peft"):
@@ -233,9 +223,9 @@ def test_every_dialect_that_is_written_means_the_same(every, params):
         close(merge(params, again, 1.0), expected)
 
 
-def test_differences_are_written_where_the_dialect_has_them(every, adapters):
+def test_differences_are_written_where_the_dialect_has_them(adapters):
     written = lora.exported(adapters, RULES, "comfy")
-    differences = {k: v for k, v in part(every, "lightx2v_diffs").items() if ".diff" in k}
+    differences = {k: v for k, v in part("lightx2v_diffs").items() if ".diff" in k}
     assert len(differences) == 5
     same({key: array for key, array in written.items() if ".diff" in key}, differences)
     for name, told in {"pusa": "difference of", "peft": "difference of", "kohya": "comfy, pusa"}.items():
@@ -264,11 +254,11 @@ def test_peft_scales_by_its_configuration():
         refused(arrays, "alpha_pattern", config={"alpha_pattern": wrong})
 
 
-def test_diffusers_configuration_lies_in_the_header(every):
+def test_diffusers_configuration_lies_in_the_header():
     header = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 2, "text.r": 1}'}
     config = lora.header_config(FILE, header)
     assert config == {"r": 4, "lora_alpha": 2}
-    layer = read(part(every, "diffusers_peft"), config).low_rank["blocks"]["self_attn"]["q"]
+    layer = read(part("diffusers_peft"), config).low_rank["blocks"]["self_attn"]["q"]
     np.testing.assert_array_equal(layer["scale"], [0.5, 0.5])
     assert lora.header_config(FILE, {"format": "pt"}) is None
     for damaged in ("{", "[1]", "7"):
@@ -276,22 +266,22 @@ def test_diffusers_configuration_lies_in_the_header(every):
             lora.header_config(FILE, {"lora_adapter_metadata": damaged})
 
 
-def test_of_a_file_for_both_experts_one_is_chosen(every):
-    high = part(every, "diffusers_peft")
+def test_of_a_file_for_both_experts_one_is_chosen():
+    high = part("diffusers_peft")
     low = {key.replace("transformer.", "transformer_2."): 2 * array for key, array in high.items()}
     refused(high | low, "transformer_2", "choose")
     for expert, arrays in {"transformer": high, "transformer_2": low}.items():
         jax.tree.map(np.testing.assert_array_equal, read(high | low, expert=expert), read(arrays))
 
 
-def test_kohyas_modules_may_keep_their_dots(every):
-    plain = part(every, "kohya_musubi")
+def test_kohyas_modules_may_keep_their_dots():
+    plain = part("kohya_musubi")
     dotted = {key.replace("_self_attn_k", ".self_attn.k"): array for key, array in plain.items()}
     jax.tree.map(np.testing.assert_array_equal, read(dotted), read(plain))
     refused(plain | dotted, "changes the same as", "self_attn.k")
 
 
-def test_every_refusal_names_its_key(every):
+def test_every_refusal_names_its_key():
     good, key = low_rank("blocks.0.self_attn.q"), "diffusion_model.blocks.0.self_attn.q"
     a, b = good[f"{key}.lora_A.weight"], good[f"{key}.lora_B.weight"]
     refused({f"{key}.lora_A.weight": a}, f"{key}.lora_A.weight", "lora_B.weight")
@@ -308,7 +298,7 @@ def test_every_refusal_names_its_key(every):
     for module in "blocks.2.ffn.0 blocks.0.cross_attn.k_img blocks.00.ffn.0 blocks.0.norm3 blocks".split():
         refused(low_rank(module), f"diffusion_model.{module}.", "the network does not have")
     refused(good | {"diffusion_model.head.diff": a}, "diffusion_model.head.diff", "the network does not have")
-    refused(part(every, "kohya_musubi") | good, "another dialect", key)
+    refused(part("kohya_musubi") | good, "another dialect", key)
     refused({"transformer.blocks.0.attn3.to_q.lora_A.weight": a}, "attn3.to_q", "the network does not have")
 
 
@@ -323,8 +313,8 @@ def test_a_checkpoint_is_not_taken_for_adapters(base):
     assert not any(map(recognised, (base, [], ["clip.alpha"]))) and not lora.planned({}, RULES, 2)
 
 
-def test_a_piece_reads_its_own_layer_and_a_plan_reads_nothing(every):
-    found, seen = tensors(part(every, "kohya_musubi")), []
+def test_a_piece_reads_its_own_layer_and_a_plan_reads_nothing():
+    found, seen = tensors(part("kohya_musubi")), []
     watched = {k: t._replace(read=lambda k=k, t=t: (seen.append(k), t.read())[1]) for k, t in found.items()}
     plans = {array.path: array for array in lora.planned(watched, RULES, CONFIG.layers)}
     assert len(plans) == 40 and not seen

@@ -1,12 +1,10 @@
 """What is computed in bfloat16, and how far that is from float32; nothing that is not a number, anywhere."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import cache, partial
 
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,18 +38,10 @@ DIT, VAE, TEXT = map(BFLOAT, (small.NETWORKS.dit, small.NETWORKS.vae, small.NETW
 SHAPE = (1, 3, 4, 6, 4)
 
 
-def equations(jaxpr) -> Iterator:
-    """All of a program, those of loops, branches and functions in it too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def coarse(function, *inputs) -> tuple[set[str], set[str]]:
     """(what of FINE is given bfloat16 in the function's program, all that is done in it in bfloat16)."""
     done = set()
-    for equation in equations(jax.make_jaxpr(function)(*inputs).jaxpr):
+    for equation in small.equations(jax.make_jaxpr(function)(*inputs).jaxpr):
         if any(getattr(var.aval, "dtype", None) == jnp.bfloat16 for var in equation.invars):
             done.add(equation.primitive.name)
     return done & FINE, done
@@ -118,11 +108,6 @@ def bundled() -> tuple:
     return checkpoint.load(TINY)
 
 
-def apart(one, other) -> float:
-    """The root mean square of the difference, relative to that of `other`."""
-    return float(np.linalg.norm(np.float64(one) - np.float64(other)) / np.linalg.norm(np.float64(other)))
-
-
 @partial(jax.jit, static_argnums=0)
 def after_blocks(config: dit.DiTConfig, params: dict, *inputs) -> jax.Array:
     """The tokens that the head is given, when there are as many blocks as `config` says."""
@@ -158,7 +143,7 @@ def test_bfloat16_drifts_no_faster_than_the_root_of_the_depth(which):
             after_blocks(dataclasses.replace(config, layers=layers, dtype=dtype), params, *inputs)
             for dtype in ("float32", "bfloat16")
         )
-        drift.append(apart(rounded, plain))
+        drift.append(small.far(rounded, plain))
     # Measured: 0.0042, 0.0063, 0.0075 after 1, 2 and 4 blocks; 0.0043, 0.0054 and 0.0107 after 1, 8 and 16.
     assert all(1e-4 < error < 2e-2 for error in drift), drift
     assert drift[-1] < drift[0] * config.layers**0.5, drift
@@ -177,7 +162,7 @@ def test_bfloat16_drifts_little_over_fifty_steps():
         given = {"dit": params["dit"], "adapters": []}, (states, 0 * states), guidance.Weights(jnp.float32(3))
         made.append(jax.jit(generation.sample)(*given, noise, 0 * noise, rows))
     # Measured with 9 frames: 0.0084.
-    assert 1e-4 < apart(made[1], made[0]) < 2e-2
+    assert 1e-4 < small.far(made[1], made[0]) < 2e-2
 
 
 @pytest.mark.parametrize("name", PROCESSES)

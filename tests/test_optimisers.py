@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fvdm_jax.optimisers import NAMES, SCHEDULES, Optimiser, optimiser
+from fvdm_jax.optimisers import NAMES, SCHEDULES, Optimiser
 
 EVERY = pytest.mark.parametrize("name", NAMES)
 SHAPES = {
@@ -19,6 +19,10 @@ SHAPES = {
     "low_rank": {"q": {"a": (3, 8, 2), "b": (3, 2, 8)}},
 }  # fmt: skip
 DECAYED = ("kernel", "a", "b")
+
+
+def optimiser(*given, **settings) -> optax.GradientTransformation:
+    return Optimiser(*given, **settings).transformation()
 
 
 def tree(seed: int, dtype=jnp.float32):

@@ -80,7 +80,7 @@ def test_the_kernel_of_tpus_is_merged_round_the_ring(monkeypatch, exchange):
     assert distance(got, want) < 1e-5
 
 
-def test_bfloat16_is_merged_in_float32(alone):
+def test_bfloat16_is_merged_in_float32():
     arrays = [x.astype(jnp.bfloat16) for x in case()]
     with jax.set_mesh(sharding.mesh(context=4)):
         spread = both(Attending(exchange="ring"))(*arrays)

@@ -62,16 +62,15 @@ def test_the_vae_is_as_fast_as_diffusers(method, capsys):
     assert ratio < 1.25
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_text_encoder_is_as_fast_as_transformers(dtype, capsys):
-    """Four layers of umT5-XXL's width, 512 tokens; of its vocabulary, which costs nothing, a part."""
+def test_the_text_encoder_is_as_fast_as_transformers(capsys):
+    """Four layers of umT5-XXL's width, 512 tokens, float32; its vocabulary, which costs nothing, in part."""
     import torch
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.set_num_threads(2)
-    config = text.TextConfig(vocabulary=4096, layers=4, dtype=dtype)
+    config = text.TextConfig(vocabulary=4096, layers=4, dtype="float32")
     tree = jax.eval_shape(lambda: text.abstract(config))
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), small.drawn(tree))
+    params = jax.tree.map(jnp.asarray, small.drawn(tree))
     tokens = np.random.default_rng(0).integers(2, 4096, (1, 512)).astype(np.int32)
     mask = np.ones(tokens.shape, bool)
     encode = jax.jit(lambda *x: text.TextEncoder(config).apply({"params": params}, *x))
@@ -86,12 +85,12 @@ def test_the_text_encoder_is_as_fast_as_transformers(dtype, capsys):
             feed_forward_proj="gated-gelu",
         )
     )
-    network = network.to(getattr(torch, dtype)).eval()
+    network = network.eval()
     ids = torch.from_numpy(tokens.astype(np.int64))
 
     def reference():
         with torch.no_grad():
             network(input_ids=ids, attention_mask=torch.ones_like(ids))
 
-    ratio = raced(lambda: np.asarray(encode(tokens, mask)), reference, f"umT5-XXL, 4 layers, {dtype}", capsys)
-    assert ratio < 1.25 or dtype == "bfloat16"
+    ratio = raced(lambda: np.asarray(encode(tokens, mask)), reference, "umT5-XXL, 4 layers", capsys)
+    assert ratio < 1.25

@@ -103,7 +103,7 @@ def test_nothing_half_written_is_left_when_it_is_stopped(tmp_path, sent, code, p
     assert process.wait(timeout=10) == code and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("sent", "code"), STOPS.values(), ids=STOPS)
 def test_neither_threads_nor_children_outlive_a_program_that_is_stopped(sent, code, python):
     process = python(
         "import multiprocessing, threading, time\n"

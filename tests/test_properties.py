@@ -47,9 +47,9 @@ def strengths(frames: int = FRAMES):
 def named(draw) -> str:
     """A schedule of the zoo with options."""
     name, most = draw(st.sampled_from(sorted(zoo.ZOO))), {"seed": 99, "lag": 7}
-    known = {"pyramid": ["lag"], "trapezoid": ["lag"], "autoregressive": ["block"], "ad": ["lag", "block"],
-             "chunks": ["chunk", "flight"], "rolling": ["window"], "lattice": ["block"],
-             "random": ["seed", "lag"], "budget": ["last"]}.get(name, [])  # fmt: skip
+    known = {"pyramid": ["lag"], "trapezoid": ["lag"], "autoregressive": ["block", "first"],
+             "ad": ["lag", "block"], "chunks": ["chunk", "flight"], "rolling": ["window"],
+             "lattice": ["block"], "random": ["seed", "lag"], "budget": ["last"]}.get(name, [])  # fmt: skip
     given = [option for option in known if draw(st.booleans())]
     told = [f"{option}={draw(st.integers(option not in most, most.get(option, 9)))}" for option in given]
     return f"{name}:{','.join(told)}" if told else name

@@ -164,7 +164,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("words", EVERY)
-def test_a_command_can_be_given(desk, monkeypatch, capsys, words):
+def test_a_command_can_be_given(desk, monkeypatch, words):
     """Its program takes its flags and values; those that say what would be done do so."""
     monkeypatch.chdir(desk / "fvdm_jax" if any("../shared" in word for word in words) else desk)
     # Extras that are not installed are no fault of a command.

@@ -3,10 +3,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -25,22 +21,14 @@ from fvdm_jax.sample import main
 from fvdm_jax.steps import key
 from fvdm_jax.studio import Studio
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
 OBJECTS = b"\x93NUMPY\x01\x00\x36\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,)}".ljust(
     64
 ) + bytes(8)
 
 
 @pytest.fixture
-def sample(model, tmp_path, monkeypatch, capfd):
+def sample(model, here, capfd):
     """Runs the program in an empty folder that has two pictures; gives its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(model / "cache"))
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
-    for name in ("a.png", "b.png"):
-        Image.fromarray(pixels // (1 + (name == "b.png"))).save(name)
 
     def start(*argv: str):
         code = run(main, ["--model", str(model), *argv])
@@ -77,7 +65,7 @@ def test_the_same_seed_is_the_same_video_and_another_is_not(sample):
 
 
 @pytest.mark.thorough
-def test_noise_may_be_a_files_ours_or_as_wan_has_it(sample, model):
+def test_noise_may_be_a_files_ours_or_as_wan_has_it(sample):
     shape = (1, 3, 4, 6, 4)
     noise = np.asarray(jax.random.normal(key(1), shape))
     np.save("ours.npy", noise.astype(np.float64))
@@ -289,7 +277,7 @@ def test_file_names_that_are_no_text_lose_nothing(sample):
 
 
 @pytest.mark.thorough
-def test_a_prompt_is_encoded_once(sample, model, monkeypatch):
+def test_a_prompt_is_encoded_once(sample, monkeypatch):
     assert sample("--out", "one.mp4", "--prompt", "once")[0] == 0
     loaded = []
     load = checkpoint.load
@@ -317,22 +305,3 @@ def test_damaged_weights_are_refused(sample, model, tmp_path, damage):
     code, out, errors = sample("--model", str(copy), "--out", "out.mp4")
     assert code == 2 and "vae.safetensors" in errors.splitlines()[-1], errors
     assert "Traceback" not in errors and not Path("out.mp4").exists()
-
-
-def test_ctrl_c_leaves_nothing(model, tmp_path):
-    # Tests that run in the background ignore Ctrl-C, and so would what they start.
-    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code = listen + "from fvdm_jax.sample import cli; cli()"
-    size = ["--steps", "1000", "--size", "128x128", "--frames", "81"]
-    command = [sys.executable, "-c", code, "--model", str(model), "--out", str(tmp_path / "out.mp4"), *size]
-    environment = os.environ | {"XDG_CACHE_HOME": str(model / "cache")}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-    with process:
-        assert process.stdout.readline().startswith("21 latent frames")
-        time.sleep(6)
-        assert process.poll() is None, "it must be at work, compiling or denoising"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=5) == 130
-        assert process.stderr.read().splitlines()[-1] == "stopped"
-    assert not list(tmp_path.iterdir())

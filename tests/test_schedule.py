@@ -34,11 +34,6 @@ def test_wans_truncated_timesteps_are_one_line(steps):
         assert np.array_equal(truncating.timestep(jnp.asarray(sigmas(steps, shift)[:-1])), golden)
 
 
-def test_lightnings_four_steps_are_pusas():
-    before_shift = np.array([1000, 750, 500, 250]) / 1000
-    np.testing.assert_allclose(pusa(4, 5.0)[:-1], 5 * before_shift / (1 + 4 * before_shift), atol=1e-7)
-
-
 def test_fvdms_respacing():
     assert np.array_equal(np.round(1000 * ddpm(50)[-2::-1] - 1)[:5], [0, 20, 41, 61, 82])
     assert np.array_equal(np.round(1000 * ddpm(50)[:2] - 1), [999, 979])

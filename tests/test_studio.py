@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 import small
+from flax.traverse_util import flatten_dict
 
 from fvdm_jax import checkpoint, lora, programs, sampling, video
-from fvdm_jax.checkpoint import flatten, load_tree, save_tree
+from fvdm_jax.checkpoint import load_tree, save_tree
 from fvdm_jax.commands import lines, parse
 from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.program import Refusal
@@ -90,7 +91,7 @@ def taught(here: Path, experts: Path) -> tuple[dict, dict]:
     config = checkpoint.network(experts, "dit_high")
     pairs = lora.init(jax.random.key(0), lora.abstract(checkpoint.dit.abstract(config), 2))
     pairs = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), pairs)
-    for path, leaf in list(flatten(pairs)):
+    for path, leaf in flatten_dict(pairs, sep="/").items():
         if path.endswith("/a"):
             node = pairs
             for part in path.split("/")[:-1]:

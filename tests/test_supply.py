@@ -5,11 +5,10 @@ import re
 import subprocess
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import pytest
+from test_architecture import ROOT, SOURCES
 
-ROOT = Path(__file__).resolve().parents[1]
 LOCK = (ROOT / "requirements.lock").read_text()
 LOCKED = dict(re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==([^\s;]+)", LOCK, re.MULTILINE))
 ALLOWED = {
@@ -25,8 +24,6 @@ SPELLED = {
     "MIT License": "MIT",
 }
 """How else licences are spelled in what packages say of themselves."""
-
-SOURCES = [p for d in ("fvdm_jax", "convert", "configs", "tests") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
 def licences(name: str) -> set[str]:
@@ -136,7 +133,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_linter_holds_the_rest(rule, tmp_path):
+def test_the_linter_holds_the_rest(rule):
     """Of code that would be in the library, by this project's own settings."""
     command = [sys.executable, "-m", "ruff", "check", "--quiet", "--no-cache", "--output-format", "concise"]
     named = ["--stdin-filename", str(ROOT / "fvdm_jax/x.py"), "-"]

@@ -102,7 +102,7 @@ def whole(config, tmp_path_factory) -> tuple[dict, list[dict]]:
     return ended(config, out)
 
 
-def test_a_run_leaves_what_it_should(whole, config, tmp_path):
+def test_a_run_leaves_what_it_should(whole):
     state, lines = whole
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "held_out/ends" in line] == [0, 10, 20]

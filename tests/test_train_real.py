@@ -83,7 +83,6 @@ def test_from_clips_to_adapters_for_other_programs(corpus, capsys):
             np.testing.assert_array_equal(flatten_dict(again.low_rank, sep="/")[path], array)
 
 
-@pytest.mark.thorough
 def test_all_parameters_are_exported_as_a_model(corpus):
     precompute.main(
         ["clips/real.mp4", "clips/odd.mp4", "--out", "records", "--model", "model", "--clips", "all"]
@@ -101,7 +100,6 @@ def test_all_parameters_are_exported_as_a_model(corpus):
         train.main([*run, "--export", "new"])
 
 
-@pytest.mark.thorough
 def test_the_first_sample_is_the_base_models(corpus):
     precompute.main(
         ["clips/real.mp4", "clips/odd.mp4", "--out", "records", "--model", "model", "--clips", "all"]

@@ -115,16 +115,15 @@ def test_an_animated_gif_is_a_clip(picture):
     assert np.abs(found[:, 0, 0, 0].astype(int) - ramp(6)[2:, 0, 0, 0]).max() <= 3
 
 
-def header(width: int, height: int) -> bytes:
-    """A PNG that promises so many pixels and holds none."""
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    )
+def png(size: tuple[int, int], rows: bytes, *chunks: bytes, bits: int = 8, kind: int = 2) -> bytes:
+    """One that promises so many pixels, whatever rows it holds."""
+    told = struct.pack(">IIBBBBB", *size, bits, kind, 0, 0, 0)
+    parts = chunk(b"IHDR", told), *chunks, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 STRANGERS = {
@@ -137,11 +136,11 @@ STRANGERS = {
     "heic": (b"\0\0\0\x18ftypheic", "is a HEIC"),
     "zip": (b"PK\x03\x04", "is an archive"),
     "playlist": (b"#EXTM3U\nfile:///etc/passwd", "is a playlist"),
-    "a bomb": (header(30000, 30000), "50 million pixels"),
-    "a large one": (header(9000, 9000), "50 million pixels|9000x9000"),
-    "a tiny one": (header(8, 8), "is 8x8 pixels"),
-    "no pixels": (header(64, 64), "damaged"),
-    "a torn header": (header(64, 64)[:20], "damaged"),
+    "a bomb": (png((30000, 30000), b""), "50 million pixels"),
+    "a large one": (png((9000, 9000), b""), "50 million pixels|9000x9000"),
+    "a tiny one": (png((8, 8), b""), "is 8x8 pixels"),
+    "no pixels": (png((64, 64), b""), "damaged"),
+    "a torn header": (png((64, 64), b"")[:20], "damaged"),
 }
 
 

@@ -34,6 +34,12 @@ def test_diffusion_forcings_matrices():
     assert left("autoregressive", 3, 3) == AUTOREGRESSIVE == left("pyramid:lag=3", 3, 3)
 
 
+def test_the_first_block_may_be_of_another_size():
+    assert left("autoregressive:block=2,first=1", 3, 1) == [[1, 1, 1], [0, 1, 1], [0, 0, 0]]
+    assert left("autoregressive:block=2,first=3", 6, 1)[1:] == [[0] * 3 + [1] * 3, [0] * 5 + [1], [0] * 6]
+    assert left("autoregressive:block=8,first=9", 3, 4) == FULL
+
+
 def published_ad(frames: int, steps: int, lag: int, block: int) -> np.ndarray:
     """AD(s) as AR-Diffusion and SkyReels-V2 write it: a row at a time, from the row before it.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fvdm_jax.data.cutting import Cut
 from fvdm_jax.defaults import PATCH
-from fvdm_jax.flags import TINY
+from fvdm_jax.flags import TINY, size
 from fvdm_jax.program import Parser, Refusal, number, plain, whole
 from fvdm_jax.rules import RULES, Rule, between, sides, whole_from
 
@@ -92,12 +92,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    parts = [re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", part.strip()) for part in text.split(",")]
-    if None in parts:
-        raise argparse.ArgumentTypeError(
-            f"{plain(text)!r} is not HxW; give heights and widths, such as 480x832"
-        )
-    return tuple((int(part[1]), int(part[2])) for part in parts)
+    return tuple(size(part) for part in text.split(","))
 
 
 def _most(text: str) -> int | None:

@@ -54,7 +54,7 @@ class Batches:
             right = f"give a multiple of {process[1]}, the number of processes"
             raise Refusal("--batch", f"{batch} clips cannot be shared", right)
         # By a hash of what they are, so that a clip stays on its side when others join the folder.
-        apart = sorted(self.manifest.entries, key=lambda entry: _scattered(entry.key))
+        apart = sorted(self.manifest.entries, key=lambda entry: hashlib.sha256(entry.key.encode()).digest())
         if held_out >= len(apart):
             what = f"{held_out} clips are held out of {len(apart)}"
             raise Refusal("--held-out", what, "leave some to train on")
@@ -205,10 +205,6 @@ def _read(reader: Reader, entry: Entry) -> Record:
     if shapes != (header.channels, header.text_width) or len(record.states) > header.text_length:
         raise ValueError(f"has {shapes[0]} channels and states {record.states.shape}; the header differs")
     return record
-
-
-def _scattered(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 def _buckets(entries: list[Entry]) -> dict[Bucket, list[Entry]]:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
@@ -149,16 +148,16 @@ def _batches(items: Iterator, most: int) -> Iterator[list]:
             yield batch
 
 
-def _ahead(items: Iterator, stages: Stages, count: int = 1) -> Iterator:
-    """The items, of which `count` are made in a thread while one is used."""
+def _ahead(items: Iterator, stages: Stages) -> Iterator:
+    """The items, each made in a thread while the one before it is used."""
     with contextlib.closing(items), ThreadPoolExecutor(1) as pool:
-        coming = deque(pool.submit(next, items, None) for _ in range(count))
+        coming = pool.submit(next, items, None)
         while True:
             with stages("read"):
-                item = coming.popleft().result()
+                item = coming.result()
             if item is None:
                 return
-            coming.append(pool.submit(next, items, None))
+            coming = pool.submit(next, items, None)
             yield item
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fvdm_jax import checkpoint, held_out, levels, lora, rollout, sampling, sharding, tasks
+from fvdm_jax import checkpoint, held_out, lora, rollout, sampling, sharding, tasks
 from fvdm_jax.data import source
 from fvdm_jax.evaluating.cases import Case
 from fvdm_jax.guidance import Generation, Looks
@@ -24,8 +24,7 @@ from fvdm_jax.prompts import Reader
 from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
 from fvdm_jax.steps import rows, weights
-from fvdm_jax.training import Batch, Objective
-from fvdm_jax.weights import uniform
+from fvdm_jax.training import Batch
 
 EVALUATION_SEED = 271_828
 """The seed of the scenes that models are judged by; nothing is trained on them."""
@@ -74,7 +73,7 @@ class Examiner:
         # Piece by piece, so that one program serves clips of every length.
         self._encode = self._stream("encode", vae, (batch, 1, height, width, 3))
         self._decode = self._stream("decode", vae, (batch, 1, h, w, c))
-        self._errors = jax.jit(partial(held_out.errors, partial(_velocity, network), _objective(process)))
+        self._errors = jax.jit(partial(held_out.errors, lambda _, *given: network.velocity(*given), process))
         self._nothing = self._reader.states("")
 
     def _stream(self, method: str, params: dict, first: tuple[int, ...]) -> Stream:
@@ -160,14 +159,6 @@ class Examiner:
     def _spread(self, tree):
         """Arrays over clips, shared by the devices."""
         return jax.device_put(tree, NamedSharding(self._over, PartitionSpec("data")))
-
-
-def _velocity(network: lora.Network, frozen: dict, params: dict, x, timestep, text):
-    return network.velocity(params, x, timestep, text)
-
-
-def _objective(process) -> Objective:
-    return Objective(process, levels.constant(levels.scalar), uniform, 0.0)
 
 
 def batches(clips: int, batch: int, after: int = 0) -> Iterator[range]:

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fvdm_jax import sharding
+from fvdm_jax.defaults import PATCH
 from fvdm_jax.kernels.parallel import Attending, cross_attention, self_attention
 from fvdm_jax.models.layers import (
     Dense,
@@ -32,9 +33,6 @@ from fvdm_jax.models.layers import (
 from fvdm_jax.shapes import Latents, Levels, TextStates
 
 FrameTokens = Float[Array, "b f n d"]
-
-PATCH = 2
-"""A token is PATCH × PATCH latent pixels of one frame."""
 
 FREQUENCIES = 256
 """Width of the sinusoid of the timestep."""

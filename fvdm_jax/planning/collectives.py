@@ -121,12 +121,3 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(int, group)) for group in groups)
-
-
-def total(every: list[Collective]) -> dict[str, float]:
-    """Bytes that one device sends, by kind."""
-    return {
-        kind: sum(each.wire for each in every if each.kind == kind)
-        for kind in KINDS
-        if any(each.kind == kind for each in every)
-    }

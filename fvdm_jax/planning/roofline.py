@@ -41,10 +41,6 @@ class Step:
     asked: str = "auto"
 
     @property
-    def devices(self) -> int:
-        return math.prod(self.mesh.values())
-
-    @property
     def exchange(self) -> str:
         """How attention reaches the tokens of other devices, "" where there are none."""
         context, heads = self.mesh["context"], self.network.heads // self.mesh["tensor"]
@@ -85,16 +81,12 @@ class Step:
 
 @functools.lru_cache
 def _base(network: dit.DiTConfig) -> dict[str, nn.LogicallyPartitioned]:
-    return _leaves(dit.abstract(network))
+    return flatten_dict(dit.abstract(network), sep="/")
 
 
 @functools.lru_cache
 def _adapters(network: dit.DiTConfig, rank: int, where: str) -> dict[str, nn.LogicallyPartitioned]:
-    return _leaves(lora.abstract(dit.abstract(network), rank, where))
-
-
-def _leaves(tree: dict) -> dict[str, nn.LogicallyPartitioned]:
-    return flatten_dict(tree, sep="/")
+    return flatten_dict(lora.abstract(dit.abstract(network), rank, where), sep="/")
 
 
 def count(leaves: dict[str, nn.LogicallyPartitioned]) -> int:
