@@ -39,9 +39,9 @@ OUT = "evaluate"
 
 
 class Asked(NamedTuple):
-    """What to measure: the flags as given, and what they come to; the request has how the model samples."""
+    """What to measure: the flags, what those come to that are named again, and how the model is sampled."""
 
-    given: argparse.Namespace
+    flags: argparse.Namespace
     request: Request
     tasks: list[str]
     batch: int
@@ -142,7 +142,7 @@ def _request(given) -> Request:
 def main(argv: list[str]) -> None:
     """Measures what `argv` asks for, prints a table and writes JSON and a picture."""
     asked = parse(argv)
-    if asked.given.collect:
+    if asked.flags.collect:
         collect(asked)
     elif asked.pairs:
         export(asked)
@@ -160,13 +160,13 @@ def measure(asked: Asked) -> None:
 
             machine.keep_compiled_programs()
             machine.keep_memory()
-        examiner = generate.Examiner(asked.request, asked.batch, asked.given.dtype, stages)
-        plan = run.plan(examiner.window, asked.tasks, asked.given.clips, asked.batch)
-        record, examples = run.evaluate(examiner, plan, asked.given.losses, stages)
+        examiner = generate.Examiner(asked.request, asked.batch, asked.flags.dtype, stages)
+        plan = run.plan(examiner.window, asked.tasks, asked.flags.clips, asked.batch)
+        record, examples = run.evaluate(examiner, plan, asked.flags.losses, stages)
     said = {
         "model": os.path.abspath(asked.request.model),
         "settings": generate.described(asked.request)
-        | {"clips": asked.given.clips, "batch": asked.batch, "dtype": examiner.networks.dit.dtype},
+        | {"clips": asked.flags.clips, "batch": asked.batch, "dtype": examiner.networks.dit.dtype},
         "scenes": {"seed": generate.EVALUATION_SEED, "first": 0},
         "device": f"{len(jax.devices())} × {jax.devices()[0].device_kind}",
         "versions": machine.versions(),
@@ -184,15 +184,13 @@ def export(asked: Asked) -> None:
     settings = asked.request.settings
     shown = {n: v for n, v in settings.items() if n not in ("prompt", "keep", "out", "strength")}
     folder = Export(asked.out, shown)
-    total, missing = (
-        len(asked.pairs) * asked.given.samples,
-        len(folder.missing(asked.pairs, asked.given.samples)),
-    )
+    total = len(asked.pairs) * asked.flags.samples
+    missing = len(folder.missing(asked.pairs, asked.flags.samples))
     print(f"{total} videos of {len(asked.pairs)} prompts, {missing} of them still to be made")
     if missing:
         with Stages() as stages:
             make = partial(sampled, asked.request, sampler(asked, stages))
-            for name in folder.fill(asked.pairs, asked.given.samples, make):
+            for name in folder.fill(asked.pairs, asked.flags.samples, make):
                 stages.say(f"{len(folder.done)}: {plain(name)}")
     print("wrote", folder.videos)
 
@@ -227,10 +225,10 @@ def collect(asked: Asked) -> None:
     """VBench's results as one table and one file."""
     from fvdm_jax.evaluating import table
 
-    found = collected(asked.given.collect)
+    found = collected(asked.flags.collect)
     path = files(asked.out)[0]
     with outputs(path) as (draft,):
-        draft.write_text(legible({"folder": str(asked.given.collect), "dimensions": found}) + "\n", "utf-8")
+        draft.write_text(legible({"folder": str(asked.flags.collect), "dimensions": found}) + "\n", "utf-8")
     rows = [[name, f"{100 * each['score']:.2f}%", str(each["videos"])] for name, each in found.items()]
     table.show(["dimension", "score", "videos"], rows)
     print("wrote", path)

@@ -188,7 +188,7 @@ def _one_or_two(text: str) -> float | tuple[float, float]:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Height and width of HxW."""
+    """Height and width that HxW spells; for `type=` of an argument."""
     match = re.fullmatch(r"([0-9]{1,6})[xX×]([0-9]{1,6})", text.strip())
     if not match:
         raise argparse.ArgumentTypeError(

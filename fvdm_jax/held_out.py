@@ -24,14 +24,17 @@ those that are not given: all but the first frame, both ends, or any number of f
 
 def errors(apply, process: Process, params: dict, frozen: dict, batch: Batch) -> dict[str, jax.Array]:
     """The mean error of a clip with levels of each of FAMILIES, always the same levels and the same noise."""
-    plain = Objective(process, levels.constant(levels.scalar), uniform, 0.0)
+
+    def objective(draw) -> Objective:
+        return Objective(process, levels.constant(draw), uniform, 0.0)
 
     def noised(draw):
-        fixed = plain._replace(curriculum=levels.constant(draw))
-        return training.noised(fixed, batch, jnp.int32(0), jax.random.key(0))
+        return training.noised(objective(draw), batch, jnp.int32(0), jax.random.key(0))
 
     def error(level: Levels) -> jax.Array:
-        _, measures = training.loss(params, first._replace(level=level), partial(apply, frozen), plain)
+        _, measures = training.loss(
+            params, first._replace(level=level), partial(apply, frozen), objective(levels.scalar)
+        )
         return measures.loss / measures.clips
 
     first, *others = map(noised, FAMILIES.values())

@@ -183,8 +183,9 @@ def continues(reading: Reading, scene: Scene, i: int, after: int) -> tuple[bool,
 
 
 def seams(clip: np.ndarray, reading: Reading, places: Sequence[int]) -> list[Seam]:
-    """How much more changes, from the frame before to each of these of a clip [t H W 3], than elsewhere.
+    """The Seam at each of `places`, from 1 on, of a clip [t H W 3]: how much more changes than elsewhere.
 
+    `reading` is that of the whole clip.
     The change of colour is that of the mean colour in CIELAB (ΔE, CIE 1976).
     """
     mean = (clip.mean((1, 2), dtype=np.float64) + 1) / 2

@@ -51,9 +51,9 @@ def trapezoid(frames: int, steps: int, lag: float = 1.0) -> Progress:
 
 
 def autoregressive(frames: int, steps: int, block: int = 1, first: int | None = None) -> Progress:
-    """A block of frames begins when the one before it is clean; the first block has `first` frames.
+    """A block of frames begins when the one before it is clean; the first has `first`, or as many as others.
 
-    With one of 1 and a block of all others text-to-video is text-to-image, of the first latent frame, and
+    With `first` 1 and a `block` of all others text-to-video is text-to-image, of the first latent frame, with
     image-to-video after it.
     """
     behind = np.arange(frames) - (block if first is None else first)

@@ -5,6 +5,7 @@ compiling: on a CPU programs are compiled with little optimisation, and once for
 """
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -96,7 +97,9 @@ def tpu():
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     from jax.experimental import topologies
 
-    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    return functools.cache(
+        lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    )
 
 
 @pytest.fixture

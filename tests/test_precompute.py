@@ -260,6 +260,7 @@ def test_processes_share_the_files(encode):
         (["clips", "--out", "e", "--frames", "9,8"], "--frames", "8 is not of the form 1 + 4n"),
         (["clips", "--out", "e", "--frames", "x"], "--frames", "is not a whole number"),
         (["clips", "--out", "e", "--size", "32"], "--size", "is not HxW"),
+        (["clips", "--out", "e", "--size", "32x48,foo"], "--size", "'foo' is not HxW"),
         (["clips", "--out", "e", "--size", "30x40"], "--size", "not a multiple of 16"),
         (["clips", "--out", "e", "--fps", "0"], "--fps", "out of range"),
         (["clips", "--out", "e", "--fps-in", "0"], "--fps-in", "out of range"),

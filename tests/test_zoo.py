@@ -38,6 +38,7 @@ def test_the_first_block_may_be_of_another_size():
     assert left("autoregressive:block=2,first=1", 3, 1) == [[1, 1, 1], [0, 1, 1], [0, 0, 0]]
     assert left("autoregressive:block=2,first=3", 6, 1)[1:] == [[0] * 3 + [1] * 3, [0] * 5 + [1], [0] * 6]
     assert left("autoregressive:block=8,first=9", 3, 4) == FULL
+    assert left("autoregressive:block=2", 5, 3) == left("ad:lag=3,block=2", 5, 3)
 
 
 def published_ad(frames: int, steps: int, lag: int, block: int) -> np.ndarray:
@@ -139,6 +140,8 @@ def test_the_check_names_what_is_wrong():
         ("together:lag=1", "it has none"),
         ("ad:lag=1.5", "give a whole number from 0"),
         ("ad:block=0", "give a whole number from 1"),
+        ("autoregressive:first=0", "give a whole number from 1"),
+        ("autoregressive:first=1.5", "give a whole number from 1"),
         ("pyramid:lag=nan", "give a number from 0"),
         ("chunks:chunk", "give a whole number"),
         ("ad:", "no option ''"),
