@@ -197,5 +197,4 @@ def test_on_the_bundled_model_it_is_nearer_than_as_many_steps_and_nearer_the_les
         clips, calls = tiny(20, threshold)
         found.append((calls, far(clips, full), far(tiny(calls, None)[0], full)))
         assert calls <= most and found[-1][1] < found[-1][2], (threshold, found)
-    print(found)
     assert found == sorted(found, key=lambda one: (-one[0], one[1]))

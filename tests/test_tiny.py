@@ -77,16 +77,18 @@ def test_moving_shapes_survive_its_vae_and_what_they_do_can_be_read(through_the_
 
 @pytest.fixture(scope="module")
 def generate(model):
-    """The latents and clips [b t H W 3] of eight prompts and of what is kept of them, 20 steps."""
+    """The latents and clips [b t H W 3] of eight prompts and of what is kept of them, by 20 calls.
+
+    Of a prompt alone the first latent frame is made first, in ten steps, and then the others, in ten.
+    """
     networks, params = model
     side = SIDE // networks.vae.spatial
 
     @jax.jit
-    def program(tokens, mask, canvas, strength):
+    def program(tokens, mask, canvas, rows):
         text, nothing = jnp.split(networks.read(params, tokens, mask), 2)
         denoise = guided(flow, partial(networks.velocity, params), text, nothing, SETTINGS["guidance"])
         noise = jax.random.normal(jax.random.key(0), canvas.shape)
-        rows = schedule(sigmas(20, SETTINGS["shift"]), strength)
         return sample(flow, denoise, SAMPLERS["unipc"], noise, canvas, rows)
 
     decode = jax.jit(partial(networks.decode, params))
@@ -94,8 +96,10 @@ def generate(model):
     def run(prompts: list[str], kept: np.ndarray | None = None):
         task = text_to_video((len(prompts), 1 + FRAMES // 4, side, side, networks.vae.latent))
         task = task if kept is None else task.keep(kept, 0)
+        steps, delay = (10, 10 * (np.arange(len(task.strength)) > 0)) if kept is None else (20, 0)
+        rows = schedule(sigmas(steps, SETTINGS["shift"]), task.strength, delay)
         tokens = byte_tokenizer([*prompts, *[""] * len(prompts)], networks.text.length)
-        latents = program(*map(jnp.asarray, tokens), *task)
+        latents = program(*map(jnp.asarray, tokens), task.canvas, rows)
         return np.asarray(latents), np.clip(np.asarray(decode(latents)), -1, 1)
 
     return run
@@ -109,15 +113,10 @@ def told(generate, world):
     return [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(clips)]
 
 
-@pytest.mark.parametrize(("word", "least"), [("tone", 7), ("colour", 5)])
+@pytest.mark.parametrize(("word", "least"), [("tone", 7), ("colour", 5), ("direction", 6)])
 def test_videos_follow_their_prompts(told, word, least):
-    """Measured 8 and 5 of 8; of 32 others the colour is right in 84 % (`evaluate --seed 1`)."""
+    """Measured 8, 7 and 7 of 8; of 64 others by the same schedule colour 94 %, direction 72 %."""
     assert sum(getattr(verdict, word) for verdict in told) >= least
-
-
-@pytest.mark.xfail(strict=True, reason="none of these, and 39 of 168 others, move as they are told")
-def test_shapes_move_as_their_prompts_say(told):
-    assert sum(verdict.direction for verdict in told) >= 6
 
 
 @pytest.mark.thorough
