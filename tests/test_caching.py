@@ -193,8 +193,8 @@ def test_on_the_bundled_model_it_is_nearer_than_as_many_steps_and_nearer_the_les
     full, _ = tiny(20, None)
     assert np.array_equal(tiny(20, 0.0)[0], full)
     found = []
-    for threshold, most in ((0.1, 16), (0.2, 12), (0.4, 10)):
+    for threshold, most, bound in ((0.1, 16, 0.04), (0.2, 12, 0.08), (0.4, 10, np.inf)):
         clips, calls = tiny(20, threshold)
         found.append((calls, far(clips, full), far(tiny(calls, None)[0], full)))
-        assert calls <= most and found[-1][1] < found[-1][2], (threshold, found)
+        assert calls <= most and found[-1][1] < min(bound, found[-1][2]), (threshold, found)
     assert found == sorted(found, key=lambda one: (-one[0], one[1]))
