@@ -69,7 +69,9 @@ KL = 3e-5
 SAMPLING = {
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background", "negative": "",
     "frames": FRAMES, "size": [SIDE, SIDE], "fps": 12,
-    "process": "flow", "solver": "unipc", "steps": 30, "spacing": "wan", "shift": 3.0, "guidance": 1.5,
+    "process": "flow", "solver": "unipc", "steps": 10, "spacing": "wan", "shift": 3.0, "guidance": 1.5,
+    # From text the first latent frame first, and the others by it.
+    "schedule": f"autoregressive:block={FRAMES // 4},first=1",
 }  # fmt: skip
 
 

@@ -131,6 +131,8 @@ def _moved(tensors: dict[str, Tensor], key: str, pattern: str) -> _Array:
         shape = moved_shape(pattern, tensor.shape, {}, key)
     except KeyError:
         refuse(tensors, key, f"is {tensor.shape}", f"the network has it as {pattern.split(' -> ')[0]}")
+    if 0 in shape:
+        refuse(tensors, key, f"is {tensor.shape}", "the network has something there")
     return _Array(tensor.dtype, shape, lambda: rearrange(tensor.read(), pattern), key, tensor.file)
 
 

@@ -6,6 +6,7 @@ README of safetensors.
 
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise Refusal(path, what, "copy it again")
     header = _parsed(path, bytes(files.read_bytes(path, 8, length)))
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_text, (*metadata, *metadata.values()))):
         raise Refusal(path, "has metadata that is not text", "save it again")
     spans = {key: _span(path, key, entry) for key, entry in header.items()}
     _check_layout(path, spans, size - 8 - length)
@@ -45,6 +46,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         load = partial(files.array, path, 8 + length + start, dtype, shape)
         tensors[key] = Tensor(path, dtype, shape, load)
     return tensors, metadata
+
+
+def _text(value: object) -> bool:
+    """Whether it is text that can be written again: half a pair of surrogates is JSON, and no Unicode."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _parsed(path: Path, raw: bytes) -> dict:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fvdm_jax import latents, prompt_files
-from fvdm_jax.defaults import PATCH, defaults
+from fvdm_jax.defaults import OPTIONAL, PATCH, defaults
 from fvdm_jax.flags import TINY, parser
 from fvdm_jax.keeps import Keep, total
 from fvdm_jax.program import Refusal
@@ -14,7 +14,7 @@ from fvdm_jax.request import FLAGS, Request, check_outputs, validate
 from fvdm_jax.rules import RULES, sides, strengths, texts
 from fvdm_jax.video import STRIDE
 
-LATER = ("lora", "interval", "boundary", "preset", "still", "segments", "noise_file", *FLAGS[1:])
+LATER = ("lora", "interval", "preset", "still", "segments", "noise_file", *OPTIONAL, *FLAGS[1:])
 """The settings that not all files of latents name."""
 
 
@@ -81,6 +81,7 @@ def _stored(given: dict) -> Request:
     saved = latents.probe(given["decode"])
     # Latents of before a setting was there do not name it.
     told = {field.name: field.default for field in dataclasses.fields(Request) if field.name in LATER}
+    told |= OPTIONAL
     told |= {name: tuple(v) if isinstance(v, list) else v for name, v in saved.settings.items()}
     chosen = {name: given[name] for name in FOR_DECODE if given[name] != unset[name]}
     model = defaults(chosen.get("model") or Path(str(told.get("model"))))

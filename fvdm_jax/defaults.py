@@ -12,11 +12,11 @@ PATCH = 2
 ALONE, EXPERTS = ("dit",), ("dit_high", "dit_low")
 """The transformers of a model: one, or Wan2.2's two, of which the first takes the high levels."""
 
-BOUNDARY = 0.875
-"""The level below which Wan2.2's T2V goes from one expert to the other; a model of one has no use for it."""
-
 SAMPLING = tuple("prompt negative frames size steps solver process spacing shift guidance fps".split())
-"""The settings that a model has of its own; one with two experts may also have `boundary`."""
+"""The settings that a model has of its own."""
+
+OPTIONAL = {"schedule": "together", "boundary": 0.875}
+"""Those that it may have, and what they are else; `boundary` is Wan2.2's, of use to two experts alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def defaults(folder: Path) -> Defaults:
             raise TypeError("no object")
         transformers = _transformers(folder, stored)
         dit = _whole(folder, stored, transformers)
-        sampling, vae = {"boundary": BOUNDARY} | dict(stored["sampling"]), stored["vae"]
+        sampling, vae = OPTIONAL | dict(stored["sampling"]), stored["vae"]
         multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
         # The only networks with more channels in than out are conditioned by pictures.
         asked = (2 if dit.get("image_tokens") else 1) if dit["channels_in"] > dit["channels_out"] else 0
@@ -57,8 +57,8 @@ def defaults(folder: Path) -> Defaults:
     except (ValueError, RecursionError):
         what = f"{config} is not JSON"
     else:
-        if strange := sorted(set(sampling) - {*SAMPLING, "boundary"}):
-            right = f"it may hold {', '.join(SAMPLING)}, boundary"
+        if strange := sorted(set(sampling) - {*SAMPLING, *OPTIONAL}):
+            right = f"it may hold {', '.join((*SAMPLING, *OPTIONAL))}"
             raise Refusal(config, f"'sampling' holds {plain(strange[0])}", right)
         return made
     raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")

@@ -25,7 +25,7 @@ def parser() -> Parser:
     flags = Parser(prog="python -m fvdm_jax.demo", description=DESCRIPTION)
     add = flags.add_argument
     add("--model", type=Path, default=TINY, metavar="DIR", help="folder of a model; default the bundled one")
-    add("--steps", type=whole, default=20, metavar="N", help="steps of the solver; default 20")
+    add("--steps", type=whole, metavar="N", help="steps of the solver; default: the model's")
     add("--clip", type=whole, default=0, metavar="N", help="which clip of the world is given and told")
     add("--seed", type=whole, default=0, metavar="N", help="of the noise; default 0")
     add(

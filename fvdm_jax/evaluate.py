@@ -57,9 +57,9 @@ def parser() -> Parser:
     add("--tasks", default=",".join(TASKS), metavar="NAMES", help=f"some of {', '.join(TASKS)}; default all")
     add("--clips", type=whole, default=256, metavar="N", help="clips of each task (default 256)")
     add("--batch", type=whole, default=16, metavar="N", help="clips at once (default 16)")
-    add("--steps", type=whole, metavar="N", help="steps of the solver (default 20; of exports the model's)")
+    add("--steps", type=whole, metavar="N", help="steps of the solver; default: the model's")
     add("--solver", choices=rules.SOLVERS, help="how a step is taken; default: the model's")
-    add("--schedule", default="together", metavar="NAME[:OPTION=N,…]", help="as of fvdm_jax.sample")
+    add("--schedule", metavar="NAME[:OPTION=N,…]", help="as of fvdm_jax.sample; default: the model's")
     add("--history", type=number, default=1.0, metavar="X", help="weight of the frames that are clean")
     add("--shift", type=number, metavar="X", help="above 1: more of the steps at high noise")
     add("--guidance", type=number, metavar="X", help="weight of the prompt; 1 turns guidance off")
@@ -126,9 +126,8 @@ def _tasks(text: str) -> list[str]:
 
 def _request(given) -> Request:
     """The request of the model's own settings, but for what is given."""
-    steps = given.steps if given.steps is not None or given.export else 20
     asked = Request(
-        prompt="", model=given.model, steps=steps, solver=given.solver, shift=given.shift,
+        prompt="", model=given.model, steps=given.steps, solver=given.solver, shift=given.shift,
         guidance=given.guidance, seed=given.seed, explain=True,
         schedule=given.schedule, history=given.history,
     )  # fmt: skip

@@ -66,7 +66,6 @@ def _sampled(add: Callable) -> None:
     add("--solver", choices=SOLVERS, help="how a step is taken")
     add(
         "--schedule",
-        default="together",
         metavar="NAME[:OPTION=N,…]",
         help=f"when each frame takes its steps: {', '.join(zoo.ZOO)}, or a .json file of levels",
     )

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fvdm_jax import prompt_files, zoo
-from fvdm_jax.defaults import PATCH, SAMPLING, Defaults
+from fvdm_jax.defaults import OPTIONAL, PATCH, SAMPLING, Defaults
 from fvdm_jax.flags import OUT, TINY
 from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX, noise
@@ -16,8 +16,8 @@ from fvdm_jax.program import Refusal, check_output, plain
 from fvdm_jax.rules import RULES, sides
 from fvdm_jax.video import STRIDE
 
-FLAGS = ("seed", "schedule", "rescale", "history", "history_level", "history_windows", "length", "overlap",
-         "anchors", "context_noise", "cache")  # fmt: skip
+FLAGS = ("seed", "rescale", "history", "history_level", "history_windows", "length", "overlap", "anchors",
+         "context_noise", "cache")  # fmt: skip
 """The settings that no model has of its own."""
 
 
@@ -46,6 +46,7 @@ class Request:
     shift: float | None = None
     guidance: float | tuple[float, float] | None = None
     boundary: float | None = None
+    schedule: str | None = None
     fps: float | None = None
     seed: int = 0
     model: Path = TINY
@@ -57,7 +58,6 @@ class Request:
     tiles: tuple[int, int] = (0, 0)
     mesh: str = ""
     attention: str = "auto"
-    schedule: str = "together"
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
     history: float = 1.0
@@ -216,7 +216,7 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
     values, where = {}, {name: f"--{name.replace('_', '-')}" for name in FLAGS}
     if request.length is None:
         del where["length"]
-    for name in (*SAMPLING, "boundary"):
+    for name in (*SAMPLING, *OPTIONAL):
         where[name] = f"--{name}"
         if getattr(request, name) is None:
             where[name] = f"{model.config}: sampling.{name}"

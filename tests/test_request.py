@@ -64,6 +64,13 @@ def test_flags_go_before_the_model(place):
     assert request.seed == 2**64 - 1 and json.dumps(request.settings)
 
 
+def test_a_model_may_have_a_schedule_which_flags_and_presets_go_before(place):
+    assert ask().schedule == "together"
+    Path("model/config.json").write_text(json.dumps(stored(SAMPLING | {"schedule": "pyramid:lag=2"})))
+    assert ask().schedule == "pyramid:lag=2" and ask("--schedule", "random").schedule == "random"
+    assert ask("--preset", "wan-t2v").schedule == "together"
+
+
 def test_the_models_example_is_not_told_of_files_that_are_kept(place):
     assert ask("--keep", "0=a.png").prompt == ""
     assert ask("--keep", "0=a.png", "--prompt", "a cat").prompt == "a cat"
@@ -166,6 +173,10 @@ SETTINGS = {
     "a stranger": (json.dumps(stored(SAMPLING | {"speed": 3})), "'sampling' holds speed"),
     "a word": (json.dumps(stored(SAMPLING | {"steps": "many"})), r"sampling\.steps: many is not a possible"),
     "a process": (json.dumps(stored(SAMPLING | {"process": "x"})), r"sampling\.process: x is unknown"),
+    "a schedule": (
+        json.dumps(stored(SAMPLING | {"schedule": "x"})),
+        r"sampling\.schedule: x cannot be: 'x' is",
+    ),
     "too little": (json.dumps(stored({"steps": 3})), r"sampling\.\w+: is missing; add it there"),
 }
 

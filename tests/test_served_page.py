@@ -97,7 +97,7 @@ def test_a_picture_is_dropped_and_a_video_made(page, cat, tmp_path, monkeypatch)
     page.wait_for_selector("#strip .strip .kept")
     page.fill("#prompt textarea", "a red circle; $(rm) moves up")
     page.get_by_text("more settings").click()
-    page.fill("#steps input[type=number]", "10")
+    page.fill("#steps input[type=number]", "5")
     page.keyboard.press("Tab")
     page.wait_for_function("document.querySelector('#strip .told').textContent.includes('10 calls')")
     shot(page, "asked")
@@ -114,7 +114,7 @@ def test_a_picture_is_dropped_and_a_video_made(page, cat, tmp_path, monkeypatch)
     assert command[:3] == ["python", "-m", "fvdm_jax.sample"]
     monkeypatch.chdir(tmp_path)
     request = parse([*command[3:], "--explain"])
-    assert request.prompt == "a red circle; $(rm) moves up" and request.steps == 10
+    assert request.prompt == "a red circle; $(rm) moves up" and request.steps == 5
     assert [keep.path.name for keep in request.keeps] == ["my cat.png"]
 
 
@@ -154,7 +154,7 @@ def test_a_video_is_stopped(page):
     page.get_by_text("more settings").click()
     page.fill("#steps input[type=number]", "100")
     page.keyboard.press("Tab")
-    page.wait_for_function("document.querySelector('#strip .told').textContent.includes('100 calls')")
+    page.wait_for_function("document.querySelector('#strip .told').textContent.includes('200 calls')")
     page.click("#go")
     page.wait_for_selector("#status:has-text('step 1')", timeout=120_000)
     page.click("#stop")

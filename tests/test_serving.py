@@ -125,14 +125,17 @@ def test_a_refusal_does_not_say_where_files_lie(session, here):
 
 
 def test_a_preset_fills_the_form():
-    own = {"steps": 3, "guidance": 2.0, "solver": "unipc"}
-    assert form.preset("", own) == own | {"kept": 0.0, "guidance": "2.0"}
+    own = {"steps": 3, "guidance": 2.0, "schedule": "pyramid:lag=2"}
+    shown = {"kept": 0.0, "guidance": "2.0", "schedule": "pyramid", "options": "lag=2"}
+    assert form.preset("", own) == own | shown
     said = form.preset("wan22-t2v", own)
-    assert (
-        said["steps"] == 40
-        and said["guidance"] == "4.0,3.0"
-        and form.preset("pusa-wan21", own)["kept"] == 0.2
+    assert (said["steps"], said["guidance"], said["schedule"], said["options"]) == (
+        40,
+        "4.0,3.0",
+        "together",
+        "",
     )
+    assert form.preset("pusa-wan21", own)["kept"] == 0.2
 
 
 @pytest.mark.thorough

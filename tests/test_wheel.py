@@ -71,7 +71,7 @@ def test_it_holds_the_packages_and_the_model_and_nothing_else(wheel):
 
 def test_programs_run_from_an_empty_folder(installed, empty):
     said = run(installed / "python", "-m", "fvdm_jax.sample", "--explain", cwd=empty)
-    assert "30 calls of the network" in said and not list(empty.iterdir())
+    assert "20 calls of the network" in said and not list(empty.iterdir())
     assert "SOURCE" in run(installed / "fvdm-convert", "--help", cwd=empty)
     run(installed / "fvdm-sample", "--steps", "2", "--prompt", "a red circle", cwd=empty)
     made = {"fvdm.mp4", "fvdm.png", "fvdm.json", "fvdm.latents.safetensors"}

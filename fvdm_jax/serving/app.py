@@ -82,7 +82,7 @@ class Page:
 
 def blocks(session: Session, page: Page) -> gr.Blocks:
     """The page's form, and what its buttons do."""
-    own = session.defaults.sampling | {"schedule": "together", "seed": 0}
+    own = session.defaults.sampling
     with gr.Blocks(title="fvdm_jax", analytics_enabled=False, delete_cache=(600, 3600)) as app:
         gr.Markdown(
             "# Every frame has its own noise level\n"
@@ -112,7 +112,7 @@ def blocks(session: Session, page: Page) -> gr.Blocks:
         gr.on(events, page.drawn, inputs, [drawn, command], queue=False, trigger_mode="always_last", **quiet)
         making = go.click(page.made, inputs, [status, sheet, result, settings, command], **quiet)
         stop.click(lambda: "<p>stopped</p>", None, status, cancels=[making], queue=False, **quiet)
-        chosen = [words[name] for name in ("steps", "solver", "guidance", "shift")] + slots[2::3]
+        chosen = [words[name] for name in form.PRESET] + slots[2::3]
         words["preset"].change(partial(_preset, own), words["preset"], chosen, queue=False, **quiet)
         words["frames"].change(_places, words["frames"], slots[1::3], queue=False, **quiet)
     return app
@@ -126,8 +126,12 @@ def _words(own: dict) -> dict:
         made["negative"] = gr.Textbox(own["negative"], label="what not to show", max_length=10_000)
         made["preset"] = gr.Dropdown([("none", ""), *PRESETS], value="", label="preset")
         with gr.Row():
-            made["schedule"] = gr.Dropdown(list(ZOO), value="together", label="schedule", elem_id="schedule")
-            made["options"] = gr.Textbox("", label="its options", placeholder="lag=2", max_length=60)
+            made["schedule"] = gr.Dropdown(
+                list(ZOO), value=said["schedule"], label="schedule", elem_id="schedule"
+            )
+            made["options"] = gr.Textbox(
+                said["options"], label="its options", placeholder="lag=2", max_length=60
+            )
         with gr.Row():
             made["solver"] = gr.Dropdown(list(SOLVERS), value=said["solver"], label="solver")
             made["steps"] = gr.Slider(1, 100, said["steps"], step=1, label="steps", elem_id="steps")
@@ -171,7 +175,7 @@ def _buttons() -> tuple:
 
 def _preset(own: dict, name: str) -> list:
     said = form.preset(name, own)
-    return [said[each] for each in ("steps", "solver", "guidance", "shift")] + [said["kept"]] * form.SLOTS
+    return [said[each] for each in form.PRESET] + [said["kept"]] * form.SLOTS
 
 
 def _places(frames: float) -> list:

@@ -25,6 +25,9 @@ SLOTS = 4
 MOST = 50 * 81 * 720 * 1280
 """Steps times pixels that one video may take: Wan's largest, at its own number of steps."""
 
+PRESET = ("steps", "solver", "schedule", "options", "guidance", "shift")
+"""The fields that say what a preset sets."""
+
 
 class Slot(NamedTuple):
     """A file that was uploaded, if one was, the latent frame that it is kept at, and how loosely."""
@@ -121,6 +124,7 @@ def preset(name: str, model: dict) -> dict:
     chosen = model | PRESETS.get(name, {})
     guidance = chosen["guidance"]
     chosen["guidance"] = ",".join(map(str, guidance)) if isinstance(guidance, tuple | list) else str(guidance)
+    chosen["schedule"], _, chosen["options"] = chosen["schedule"].partition(":")
     return {"kept": 0.0} | chosen
 
 
