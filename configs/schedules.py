@@ -4,9 +4,9 @@
     python configs/schedules.py --model FOLDER --clips 16 --steps 20
 
 It prints a table in Markdown, as README.md has it: calls of the network for one window, how many frames are
-under way at once, whether colour and tone are as the prompt says, and how much a frame changes to the next,
-over that of true clips; then of a video of 8 windows the drift in colour from the first to the last window
-and the jump at the seams, both in ΔE, and the changes again. The clips are those of fvdm_jax.evaluate.
+under way at once, whether colour and direction are as the prompt says, and how much a frame changes to the
+next, over that of true clips; then of a video of 8 windows the drift in colour from the first to the last
+window and the jump at the seams, both in ΔE, and the changes again. The clips are those of fvdm_jax.evaluate.
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from fvdm_jax.request import TINY, Request, validate  # noqa: E402
 from fvdm_jax.steps import rows  # noqa: E402
 
 SCHEDULES = (
-    "together", "pyramid:lag=1", "pyramid:lag=3", "trapezoid:lag=2", "autoregressive:block=3",
-    "autoregressive", "ad:lag=5,block=3", "chunks:chunk=3,flight=3", "rolling:window=4", "lattice:block=3",
-    "random:lag=3", "budget:last=4",
+    "together", "pyramid:lag=1", "pyramid:lag=3", "trapezoid:lag=2", "autoregressive:block=8,first=1",
+    "autoregressive:block=3", "autoregressive", "ad:lag=5,block=3", "chunks:chunk=3,flight=3",
+    "rolling:window=4", "lattice:block=3", "random:lag=3", "budget:last=4",
 )  # fmt: skip
 WINDOWS = 8
-SHOWN = ("colour", "tone", "change")
+SHOWN = ("colour", "direction", "change")
 LATER = ("colour", "drift_delta_e", "seam_delta_e", "change")
-TITLES = ("calls", "under way", "colour", "tone", "change", "colour, 8 windows", "drift ΔE",
+TITLES = ("calls", "under way", "colour", "direction", "change", "colour, 8 windows", "drift ΔE",
           "seam ΔE", "change")  # fmt: skip
 
 
