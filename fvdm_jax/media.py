@@ -43,6 +43,8 @@ def at_rate(timed: Iterator, fps: float) -> Iterator:
         for _ in range(ticks, takes_over):
             yield held
         ticks, held = max(ticks, takes_over), picture
+    if held is None:
+        return
     for _ in range(ticks, Media("", "", 0, 0, 0, since).at(fps)):
         yield held
 

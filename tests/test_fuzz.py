@@ -14,7 +14,7 @@ from fvdm_jax.program import Refusal
 pytestmark = pytest.mark.thorough
 
 HERE = Path(__file__).parent
-SECONDS = 5
+SECONDS = 8
 CRASHES = sorted((HERE / "golden/fuzz").glob("*/*"))
 
 
