@@ -68,11 +68,11 @@ def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     try:
         _check(given, vars(parser().parse_args(["SOURCE", "OUT"])))
-        from . import caches
+        from . import sources
 
         if given.to:
             _back(given)
-        elif caches.lie_in(Path(given.source[0])):
+        elif sources.has_clips(Path(given.source[0])):
             _clips(given)
         else:
             _convert(given)

@@ -15,10 +15,10 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.prompts import trimmed
 
 from . import torch_file
+from .sources import ENCODED
 from .tensors import Tensor
 from .write import Progress
 
-SUFFIX = ".tensors.pth"
 FPS = 16.0
 """Pusa takes frames as they come; Wan, whose clips it trains on, makes 16 a second."""
 
@@ -34,11 +34,6 @@ class Cache(NamedTuple):
     states: Tensor
 
 
-def lie_in(folder: Path) -> bool:
-    """Whether a folder has such files."""
-    return any(True for _ in (folder / "train").rglob(f"*{SUFFIX}"))
-
-
 def find(folder: Path) -> list[Cache]:
     """All of a folder's, read no further than their headers.
 
@@ -48,8 +43,8 @@ def find(folder: Path) -> list[Cache]:
     captions, train = {}, folder / "train"
     for file, caption in table(folder / "metadata.csv").items():
         inside = file if file.is_relative_to(train) else train / file.relative_to(folder)
-        captions[Path(f"{inside}{SUFFIX}")] = caption
-    there = set(train.rglob(f"*{SUFFIX}"))
+        captions[Path(f"{inside}{ENCODED}")] = caption
+    there = set(train.rglob(f"*{ENCODED}"))
     for odd, what in (
         (sorted(captions.keys() - there), "of metadata.csv have not been encoded"),
         (sorted(there - captions.keys()), "are not in metadata.csv"),
@@ -103,7 +98,7 @@ def write(out: Path, caches: list[Cache], model: Path | None, progress: Progress
 
 
 def _name(cache: Cache) -> str:
-    return os.path.abspath(cache.path).removesuffix(SUFFIX)
+    return os.path.abspath(cache.path).removesuffix(ENCODED)
 
 
 def _added(writer: Writer, cache: Cache, progress: Progress) -> str:

@@ -121,9 +121,9 @@ def cast(array: Planned, dtype: str) -> Planned:
 
 
 def inspected(path: Path, array: Planned, blank: bool = True) -> Planned:
-    """The array, which warns when it is read of what no training makes, and refuses mislabelled bytes.
+    """The array, which refuses when it is read what is not finite, and mislabelled bytes.
 
-    With `blank` it also warns of kernels that are all 0.
+    With `blank` it warns of kernels that are all 0.
     """
     said = set()
 
@@ -133,13 +133,11 @@ def inspected(path: Path, array: Planned, blank: bool = True) -> Planned:
         if _mislabelled(values):
             what = f"has bfloat16 bytes labelled float16: {where} is around 1 everywhere"
             raise Refusal(path, what, "save it again with its true type")
-        for what, odd in (
-            ("holds NaN or infinity", not finite(values)),
-            ("is all 0", blank and _blank(values)),
-        ):
-            if odd and (where, what) not in said:
-                said.add((where, what))
-                print(f"note: {plain(path)}: {where} {what}", flush=True)
+        if not finite(values):
+            raise Refusal(path, f"{where} holds NaN or infinity", "copy it again, or from before it diverged")
+        if blank and where not in said and _blank(values):
+            said.add(where)
+            print(f"note: {plain(path)}: {where} is all 0", flush=True)
         return values
 
     return array._replace(piece=piece)

@@ -16,6 +16,9 @@ DIFFUSERS = ("transformer", "transformer_2", "vae", "text_encoder")
 DEEPSPEED = "mp_rank_00_model_states.pt"
 """Where a trainer's folder of DeepSpeed has the tensors; Pusa's is NAME.ckpt/checkpoint/ and this."""
 
+ENCODED = ".tensors.pth"
+"""How Pusa's program names the clips that it has encoded, in the folder train of a dataset."""
+
 EXPERTS = {"high_noise_model": "high", "low_noise_model": "low", "transformer_2": "low"}
 
 
@@ -74,6 +77,11 @@ def find(path: Path, expert: str = "") -> Source:
         parts = [p._replace(expert="high") if p.path.parent.name == "transformer" else p for p in parts]
     words = [path / place / name for place in ("google/umt5-xxl", "tokenizer", ".") for name in TOKENIZERS]
     return Source(parts, next((word for word in words if word.is_file()), None))
+
+
+def has_clips(folder: Path) -> bool:
+    """Whether a folder is a dataset with encoded clips."""
+    return any(True for _ in (folder / "train").rglob(f"*{ENCODED}"))
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -137,12 +137,8 @@ def flag(name: str) -> str:
 
 
 def load(path: Path) -> Callable[..., Training]:
-    """The function `config` of a Python file. Raises Refusal where there is none."""
-    if not path.is_file():
-        raise Refusal(path, "is no file", "give one of configs/, or your own")
+    """The function `config` of a Python file, NAME.py. Raises Refusal where there is none."""
     spec = importlib.util.spec_from_file_location(f"fvdm_config_{path.stem}", path)
-    if spec is None:
-        raise Refusal(path, "is no Python file", "give one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     # So that a config can say how it differs from another one beside it.
     if str(path.parent.resolve()) not in sys.path:
@@ -184,6 +180,12 @@ def snapshot(training: Training) -> dict:
     fields = dataclasses.asdict(training)
     del fields["curriculum"]
     return json.loads(json.dumps(fields, default=str))
+
+
+def flat(told: dict) -> dict:
+    """A snapshot with what is inside a setting under names such as "optimizer.rate"."""
+    each = ((name, value if isinstance(value, dict) else {"": value}) for name, value in told.items())
+    return {f"{name}.{inner}".rstrip("."): v for name, inside in each for inner, v in inside.items()}
 
 
 def differences(ours: dict, theirs: dict) -> Iterator[tuple[str, object, object]]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -101,7 +101,7 @@ class Meter:
         if not math.isfinite(told["gradient"]):
             paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(self._trainer.state.params)]
             what += f", first in {path_name(paths[int(told['leaf'])])}"
-        self.incident("not finite", step, rows, what)
+        self.incident("not finite", step, what, rows.names)
         what += f", of clips {plain(', '.join(rows.names), 300)}"
         self._skipped += 1
         if self._skipped > self._trainer.settings.skip:
@@ -127,16 +127,16 @@ class Meter:
         spread = np.median(np.abs(np.array(self._losses) - usual)) if self._losses else 0.0
         if len(self._losses) >= SETTLED and loss > usual + SPIKE * max(spread, 0.02 * abs(usual)):
             what = f"the loss is {loss:.4g}, where {usual:.4g} is usual"
-            self.incident("spike", step, rows, what)
+            self.incident("spike", step, what, rows.names)
             self.say(f"warning: step {step}: {what}; its clips are in {INCIDENTS}")
         else:
             self._losses.append(loss)
 
-    def incident(self, kind: str, step: int, rows, what: str) -> None:
-        """To the run's incidents, with the clips of the step."""
+    def incident(self, kind: str, step: int, what: str, clips: Sequence[str] = ()) -> None:
+        """To the run's incidents, with the clips of the step if they have to do with it."""
         if self._log is not None:
             with self._unheard():
-                self._log.incident({"step": step, "kind": kind, "what": what, "clips": list(rows.names)})
+                self._log.incident({"step": step, "kind": kind, "what": what, "clips": list(clips)})
 
     def _record(self, step: int, told: dict, rows, seconds: float) -> None:
         settings, clip = self._trainer.settings, rows.latents.shape[1:4]

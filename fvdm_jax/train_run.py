@@ -104,6 +104,7 @@ class Run(NamedTuple):
             if self.failed[what] == PATIENCE:
                 raise
             said = plain(f"{type(failure).__name__}: {failure}", 300)
+            meter.incident(f"{what} failed", step, said)
             meter.say(f"warning: {what} after step {step} failed, and training goes on: {said}")
         meter.resume()
 

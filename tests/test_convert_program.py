@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import flax.linen as nn
@@ -182,12 +180,19 @@ def test_a_type_is_rounded_to_once(tmp_path, source):
 
 def test_odd_weights_are_told_of(tmp_path, capsys):
     tensors = weights("dit_t2v")
-    tensors["blocks.1.ffn.0.weight"][3, 4] = np.nan
     tensors["blocks.0.ffn.2.weight"][:] = 0
     convert(put(tmp_path, tensors), tmp_path / "out")
-    said = capsys.readouterr().out
-    assert "blocks/ffn/up/kernel of layer 1 holds NaN" in said
-    assert "blocks/ffn/down/kernel of layer 0 is all 0" in said
+    assert capsys.readouterr().out.count("blocks/ffn/down/kernel of layer 0 is all 0") == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    tensors = weights("dit_t2v")
+    tensors["blocks.1.ffn.0.weight"][3, 4] = value
+    source = put(tmp_path, tensors)
+    with pytest.raises(Refusal, match="blocks/ffn/up/kernel of layer 1 holds NaN or infinity; copy it again"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_run_finds_it_complete_and_another_source_is_refused(tmp_path, source, model, capsys):
@@ -236,72 +241,6 @@ def test_the_sampler_takes_a_converted_model(tmp_path):
     assert defaults.defaults(folder).channels == networks.vae.latent
     _, loaded = checkpoint.load(folder, ("dit",))
     assert equal(flatten_dict(loaded["dit"], sep="/"), flatten_dict(params["dit"], sep="/"))
-
-
-KILLS = """
-import os, random, signal, sys, time
-import orbax.checkpoint
-from convert import jobs, sources
-from convert import wan, write
-from convert.__main__ import main
-from convert.table import unplan
-from convert.tensors import Planned
-from fvdm_jax.program import run
-
-source, out, trials = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-
-def start(name):
-    child = os.fork()
-    if not child:
-        os._exit(run(main, [source, name]))
-    return child
-
-
-began = time.perf_counter()
-os.waitpid(start(f"{out}-whole"), 0)
-took, chance = time.perf_counter() - began, random.Random(0)
-for trial in range(trials):
-    child = start(f"{out}{trial}")
-    time.sleep(chance.uniform(0, 1.5 * took))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-@pytest.mark.thorough
-def test_it_survives_being_killed_at_any_moment(tmp_path):
-    """Twenty times, of a parent that has imported everything, so that the moments are moments of the work:
-    never is there a folder under a final name that is not whole, and the next run clears what was left."""
-    source = put(tmp_path / "in", weights("dit_t2v"))
-    convert(source, tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
-    killed = [sys.executable, "-W", "ignore", "-c", KILLS, source, tmp_path / "out", "20"]
-    subprocess.run(list(map(str, killed)), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    left = [path for path in tmp_path.iterdir() if path.name.startswith("out")]
-    # Both kinds of moment were met.
-    assert 1 < len(left) < 21 and all(contents(path) == whole for path in left)
-    convert(source, tmp_path / "last")
-    assert contents(tmp_path / "last") == whole
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_a_full_disk_leaves_nothing(tmp_path, source):
-    """A limit on the size of files stands for the disk: it fails at the same writes, with another number."""
-    limited = ["bash", "-c", 'ulimit -f 20; exec "$@"', "-", sys.executable, "-m", "convert"]
-    command = [*limited, str(source), str(tmp_path / "out")]
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert child.returncode == 2, child.stderr
-    assert child.stderr.strip().splitlines()[-1].startswith("error: "), child.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("out", ["/proc/out", "absent/out", "file/out"])
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, source, out):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal):
-        convert(source, out if out.startswith("/") else tmp_path / out)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_clips_tower_comes_in_alone_and_with_its_text_tower(tmp_path):

@@ -50,6 +50,7 @@ FILES = {
     "offsets of 2^64": packed({"a": entry(2**64, 2**64 + 4)}, b"1234"),
     "offsets turned round": packed({"a": entry(4, 0)}, b"1234"),
     "overlap": packed({"a": A, "b": entry(2, 6)}, b"123456"),
+    "20,000 tensors that overlap": packed({f"a{i}": entry(i, i + 4) for i in range(20_000)}, bytes(20_003)),
     "the same bytes twice": packed({"a": A, "b": A}, b"1234"),
     "a hole": packed({"a": A, "b": entry(8, 12)}, b"123456789012"),
     "bytes after the end": packed({"a": A}, b"12345"),
@@ -64,6 +65,9 @@ FILES = {
     "a field too many": packed({"a": A | {"code": "x"}}, b"1234"),
     "no entry": packed({"a": 7}, b"1234"),
     "metadata that is no text": packed({"__metadata__": {"a": 1}, "a": A}, b"1234"),
+    "half a pair of surrogates in metadata": packed(
+        b'{"__metadata__":{"a":"\\ud800"},"b":%s}' % json.dumps(A).encode(), b"1234"
+    ),
     "a terminal's escapes in a key": packed({"\x1b[2Ja": A}, b"1234"),
     "a key of a megabyte": packed({"a" * 2**20: A}, b"1234"),
     "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
@@ -91,6 +95,14 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path, name):
     path = tmp_path / "model.safetensors"
     path.write_bytes(FILES[name])
     assert "model.safetensors" in refused(tmp_path, path)
+
+
+def test_a_header_is_never_longer_than_a_hundred_million_bytes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001) + b"{")
+    # Long enough for it, and takes no room.
+    os.truncate(path, 200_000_000)
+    assert "its header would be 100000001 bytes long" in refused(tmp_path, path)
 
 
 def test_what_is_recognisable_is_named(tmp_path):

@@ -194,6 +194,7 @@ def test_what_fails_beside_training_costs_nothing_but_itself(whole, config, tmp_
     assert train(config, out) == 0
     said = re.sub(r"\s+", " ", capfd.readouterr().err)
     assert said.count("the log cannot be written") == 1 and said.count("RuntimeError: no luck") == 2
+    assert [(told["kind"], told["clips"]) for told in incidents(out)] == [("evaluation failed", [])] * 2
     assert same(ended(config, out)[0], ended(config, whole[0])[0])
 
 
@@ -250,6 +251,10 @@ def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
         other = dataclasses.replace(asked.settings, **{name: value})
         told = runs.check(whole[0], other, asked.options | {name: value})
         assert told == [f"{name} is {value} (the run began with {asked.options[name]})"]
+    # What another text of the config changes is told of too.
+    slower = dataclasses.replace(asked.settings.optimizer, rate=1e-4)
+    told = runs.check(whole[0], dataclasses.replace(asked.settings, optimizer=slower), asked.options)
+    assert told == [f"optimizer.rate is 0.0001 (the run began with {asked.settings.optimizer.rate})"]
 
 
 @pytest.mark.fault("T15")

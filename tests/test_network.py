@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 from test_convert_program import put, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,6 +140,28 @@ def test_help_is_there_at_once(watched, program):
     assert not noted and seconds < 1.0
 
 
+CANNOT_BE = {
+    "fvdm_jax.sample": ["--steps", "0"], "convert": ["none.pth", "out"], "fvdm_jax.demo": ["--steps", "0"],
+    "fvdm_jax.data.precompute": ["none", "--out", "records"], "fvdm_jax.train": ["none.py", "--out", "run"],
+    "fvdm_jax.plan": ["none.py", "--topology", "v5p:2x2x1"], "fvdm_jax.evaluate": ["--clips", "0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_refusal_takes_less_than_a_second_and_no_jax(tmp_path, program):
+    """A config that is there is code, which imports jax before its own flags can be known."""
+    command = [sys.executable, "-X", "importtime", "-m", program, *CANNOT_BE.get(program, ["--flames"])]
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and done.stdout == "" and len(said) == 1 and said[0].startswith("error: ")
+    assert not [line for line in done.stderr.splitlines() if line.rstrip().endswith((" jax", " flax"))]
+    assert after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime < 1.0
+    assert not [*tmp_path.iterdir()]
+
+
 def test_every_program_is_among_them():
     import tomllib
 
@@ -150,19 +173,26 @@ def test_every_program_is_among_them():
 
 
 @pytest.mark.thorough
-def test_programs_run_without_a_network(watched, tmp_path, model):
-    before = without_network()
-    source = put(tmp_path / "source", weights("dit_t2v"))
-    here = {"XDG_CACHE_HOME": str(model / "cache")}
+def test_programs_run_without_a_network(watched, tmp_path, longer):
+    before, config = without_network(), small.training(tmp_path, steps=2, save_every=2, held_out=0)
+    source, made = put(tmp_path / "source", weights("dit_t2v")), tmp_path / "made"
+    (tmp_path / "clips").mkdir()
+    shutil.copy(ROOT / "tests/golden/real.jpg", tmp_path / "clips")
+    model, here = ["--model", longer], {"XDG_CACHE_HOME": str(longer / "cache")}
     runs = {
-        "doctor": ["-m", "fvdm_jax.doctor"],
-        "sample": ["-m", "fvdm_jax.sample", "--model", model, "--steps", 1, "--out", tmp_path / "a.mp4"],
-        "convert": ["-m", "convert", source, tmp_path / "out", "--dry-run"],
+        "doctor": [],
+        "sample": [*model, "--steps", 1, "--out", made / "a.mp4"],
+        "convert": [source, made / "model"],
+        "data.precompute": ["clips", *model, "--images", "--caption", "a cat", "--out", made / "records"],
+        "train": [config, "--synthetic", "--out", made / "run"],
+        "evaluate": [*model, "--clips", 1, "--steps", 1, "--tasks", "t2v", "--out", made / "scores"],
     }
+    made.mkdir()
     for name, arguments in runs.items():
-        _, noted, _ = watched(*arguments, before=before, **here)
+        program = name if name == "convert" else f"fvdm_jax.{name}"
+        _, noted, _ = watched("-m", program, *arguments, before=before, **here)
         assert not reached(noted), name
-    assert (tmp_path / "a.mp4").stat().st_size and not (tmp_path / "out").exists()
+    assert {"a.mp4", "model", "records", "run", "scores.json"} <= {*os.listdir(made)}
 
 
 def test_a_namespace_has_no_network(watched):

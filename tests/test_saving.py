@@ -34,7 +34,8 @@ def state(step: int, mesh=None, specs=SPECS) -> TrainState:
     """A state of a few arrays, which differ from step to step."""
     mesh = mesh or over(data=2, fsdp=2, context=1, tensor=2)
     rng = np.random.default_rng(step)
-    shapes = {"wide": (16, 256), "tall": (64, 16), "norm": (32,)}
+    # Of "wide" the file is no small one, of which a hash would tell.
+    shapes = {"wide": (256, 2048), "tall": (64, 16), "norm": (32,)}
 
     def placed(array, spec=()):
         return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
@@ -92,7 +93,9 @@ def run(saved, tmp_path):
 
 
 @pytest.mark.fault("T10")
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"data": 8}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}], ids=str
+)
 def test_a_state_comes_back_to_the_bit_on_any_mesh(run, sizes):
     mesh = over(**({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes))
     wanted = state(2, mesh, {"wide": (None, "tensor"), "tall": ("fsdp",), "norm": ()})
@@ -251,7 +254,7 @@ def test_a_disk_that_stays_full_ends_the_run(run, monkeypatch):
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for step in (3, 4):
         checkpoints.save(state(step), Position(step, 8 * step))
-    with pytest.raises(Refusal, match=r"step 5 cannot .*it takes 0.0 MiB, and 0.0 MiB are free.*of step 2"):
+    with pytest.raises(Refusal, match=r"step 5 cannot .*it takes 3.0 MiB, and 0.0 MiB are free.*of step 2"):
         checkpoints.save(state(5), Position(5, 40))
     with pytest.raises(Refusal, match="step 6 cannot"):
         run.open().finish(state(6), Position(6, 48))
@@ -279,15 +282,21 @@ def test_what_is_not_finite_or_not_alike_is_never_kept(run):
 
 @pytest.mark.fault("T3")
 def test_a_checkpoint_is_on_the_disk_before_the_next_is_begun(run, monkeypatch):
-    flushed = []
-    monkeypatch.setattr(saving, "flush", flushed.append)
+    """And before its own hashes say that it is whole."""
+    done = []
+    monkeypatch.setattr(saving, "flush", done.append)
+    monkeypatch.setattr(Checkpoints, "_check_room", lambda *_: done.append("begun"))
+    plain = integrity.files
+    monkeypatch.setattr(integrity, "files", lambda folder: done.append("hashed") or plain(folder))
     checkpoints = run.open()
     for step in (3, 4):
         checkpoints.save(state(step), Position(step, 8 * step))
-    written = {*(run.steps / "3").rglob("*"), run.steps / "3", run.steps}
-    assert written - {run.steps / "3" / integrity.FILES} == set(flushed)
     checkpoints.settle()
-    assert set((run.steps / "4").rglob("*")) - {run.steps / "4" / integrity.FILES} < set(flushed)
+    assert [one for one in done if isinstance(one, str)] == ["begun", "hashed"] * 2
+    for step in "34":
+        flushed, done = done[1 : done.index("hashed")], done[done.index("hashed") + 1 :]
+        written = {*(run.steps / step).rglob("*"), run.steps / step, run.steps}
+        assert written - {run.steps / step / integrity.FILES} == set(flushed)
 
 
 def test_a_digest_knows_the_place_of_what_it_sums():

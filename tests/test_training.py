@@ -286,14 +286,16 @@ def test_what_is_not_finite_is_not_learned():
 
 @pytest.mark.thorough
 def test_what_is_not_finite_may_be_left_out():
-    made = trainer.build(dataclasses.replace(PLAIN, skip=1), SIZES, ONE)
+    """Nor what is so large that its square is not finite."""
+    made = trainer.build(dataclasses.replace(PLAIN, skip=4), SIZES, ONE)
     state = made.start()
     before = jax.tree.map(np.asarray, state._replace(key=0))
-    latents, text, nothing = clips()
-    latents[3, 1, 2, 2, 0] = np.nan
-    state, told = made.step(state, {}, made.batch(latents, text, nothing, 0))
-    assert not told["finite"] and int(state.step) == 1
-    assert far(state._replace(key=0, step=0), before._replace(step=0)) == 0
+    for step, value in enumerate((np.nan, np.inf, -np.inf, 1e30)):
+        latents, text, nothing = clips()
+        latents[3, 1, 2, 2, 0] = value
+        state, told = made.step(state, {}, made.batch(latents, text, nothing, step))
+        assert not told["finite"] and int(state.step) == step + 1, value
+        assert far(state._replace(key=0, step=0), before._replace(step=0)) == 0, value
 
 
 @pytest.mark.thorough
