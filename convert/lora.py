@@ -132,7 +132,7 @@ def _moved(tensors: dict[str, Tensor], key: str, pattern: str) -> _Array:
     except KeyError:
         refuse(tensors, key, f"is {tensor.shape}", f"the network has it as {pattern.split(' -> ')[0]}")
     if 0 in shape:
-        refuse(tensors, key, f"is {tensor.shape}", "the network has something there")
+        refuse(tensors, key, f"is {tensor.shape}", "each of its sizes has to be above 0")
     return _Array(tensor.dtype, shape, lambda: rearrange(tensor.read(), pattern), key, tensor.file)
 
 
@@ -158,8 +158,8 @@ def _pair(
             )
     a, b = (_moved(tensors, keys[e], p) for e, p in zip(spoken.pair, _patterns(rule), strict=True))
     rank = a.shape[-1]
-    if b.shape[0] != rank or not rank:
-        refuse(tensors, b.key, f"has rank {b.shape[0]}, and {a.key} {rank}", "a pair has one rank, above 0")
+    if b.shape[0] != rank:
+        refuse(tensors, b.key, f"has rank {b.shape[0]}, and {a.key} {rank}", "a pair has one rank")
     if ".alpha" not in keys:
         module = a.key.removeprefix(spoken.prefix).removesuffix(spoken.pair[0])
         scale = scaled.of(module, rank)

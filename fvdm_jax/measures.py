@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ QUIET = 10.0
 SPIKE = 12.0
 """Median deviations above the median of the last WINDOW losses from which a loss is a spike."""
 WINDOW, SETTLED = 64, 16
+HUNG, LEAST = 10.0, 60.0
+"""How many times as long as most steps something takes, and how many seconds, from which it is told of."""
 
 
 class NotFinite(Refusal):
@@ -44,6 +47,7 @@ class Meter:
 
         self._trainer, self._log, self._bad, self._count = trainer, log, feed.bad, feed.count
         self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._times: deque[float] = deque(maxlen=WINDOW)
         self._skipped, self._deaf = 0, False
         self._pending: tuple | None = None
         self._waited = self._all_waited = self._spent = 0.0
@@ -74,8 +78,25 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """Around what gets the next batch."""
         began = time.perf_counter()
-        yield
+        with self._watched("the wait for data"):
+            yield
         self._waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def _watched(self, what: str) -> Iterator[None]:
+        """Within it what takes far longer than most steps is told of, while it goes on: it may hang."""
+        usual = float(np.median(self._times)) if self._times else math.inf
+        limit = min(max(LEAST, HUNG * usual), threading.TIMEOUT_MAX)
+        said = (
+            f"warning: {what} has taken {limit:.0f} s, and most steps take {usual:.3g} s: something may hang"
+        )
+        timer = threading.Timer(limit, self.say, [said])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def step(self, step: int, told: dict, rows) -> None:
         """A step was begun; the one before it is read."""
@@ -87,7 +108,8 @@ class Meter:
         if self._pending is None:
             return
         (step, told, rows), self._pending = self._pending, None
-        told = jax.device_get(told)
+        with self._watched(f"step {step}"):
+            told = jax.device_get(told)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if told["finite"]:
@@ -163,6 +185,7 @@ class Meter:
         if not self._first:
             # The first step compiles.
             self._all_waited, self._spent = self._all_waited + self._waited, self._spent + seconds
+            self._times.append(seconds)
         self._first, self._waited = False, 0.0
         self.write(step, measures)
         self._show(step, measures)

@@ -69,6 +69,7 @@ def test_frames_have_each_their_own_change_and_those_that_stand_have_no_say():
         assert shown == "│" + calls, threshold
 
 
+@pytest.mark.thorough
 def test_changes_are_those_of_the_networks_own_projection():
     config = small.NETWORKS.dit
     params = small.drawn(checkpoint.KINDS["dit"][1](config))

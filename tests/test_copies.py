@@ -63,6 +63,7 @@ def test_each_device_makes_a_clip_of_its_own(here, model, compiled):
     assert len(compiled["denoise (3x4x6)"]) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("alone")
 def test_copies_may_be_of_several_devices_each(here, experts, compiled):
     """Two experts, one with a LoRA, and clips of four devices each: a batch and a half."""

@@ -102,6 +102,7 @@ def one_nan(latents):
     return latents
 
 
+@pytest.mark.thorough
 def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
     out, seconds = whole
     told = goodput.goodput(out)
@@ -112,6 +113,7 @@ def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
     assert 0 < told["goodput"] < 1 and told["lost"] == 0 and not incidents(out)
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T6")
 def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 13, one_nan)
@@ -146,11 +148,17 @@ def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch
 
 
 @pytest.mark.thorough
-@pytest.mark.fault("T7")
-def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch):
+@pytest.mark.fault("T7", "T9")
+def test_a_spike_is_told_of_once_and_what_hangs_while_it_does(config, tmp_path, monkeypatch, capfd):
     changed(monkeypatch, 19, lambda latents: latents * 1e3)
+    changed(monkeypatch, 16, lambda latents: time.sleep(3) or latents)
     out = tmp_path / "run"
+    monkeypatch.setattr(measures, "LEAST", 1.0)
     assert train(config, out) == 0
+    said = re.sub(r"\s+", " ", capfd.readouterr().err)
+    assert re.search(
+        "the wait for data has taken 1 s, and most steps take [0-9.e-]+ s: something may hang", said
+    )
     (told,) = incidents(out)
     assert told["kind"] == "spike" and told["step"] == 20 and told["clips"][0] == "noise 0"
     # Its gradient was clipped like others.
@@ -231,16 +239,17 @@ CHANGES = {
 
 
 @pytest.mark.fault("T12")
-def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
+def test_what_must_match_is_refused_unless_it_is_allowed(config, tmp_path):
     assert {*CHANGES, "dit"} == set(MUST_MATCH)
-    asked = parse([str(config), "--out", str(whole[0]), "--synthetic"])
+    asked = parse([str(config), "--out", str(tmp_path), "--synthetic"])
+    runs.write_settings(tmp_path, asked.settings, asked.options, config)
     import dataclasses
 
     for name, value in CHANGES.items():
         other = dataclasses.replace(asked.settings, **{name: value})
         with pytest.raises(Refusal, match=f"--{name.replace('_', '-')}: is .*--allow-change {name}"):
-            runs.check(whole[0], other, asked.options)
-        assert runs.check(whole[0], other, asked.options, (name,)) == []
+            runs.check(tmp_path, other, asked.options)
+        assert runs.check(tmp_path, other, asked.options, (name,)) == []
     for name, value in {
         "steps": 30,
         "save_every": 5,
@@ -249,11 +258,11 @@ def test_what_must_match_is_refused_unless_it_is_allowed(whole, config):
         "remat": "none",
     }.items():
         other = dataclasses.replace(asked.settings, **{name: value})
-        told = runs.check(whole[0], other, asked.options | {name: value})
+        told = runs.check(tmp_path, other, asked.options | {name: value})
         assert told == [f"{name} is {value} (the run began with {asked.options[name]})"]
     # What another text of the config changes is told of too.
     slower = dataclasses.replace(asked.settings.optimizer, rate=1e-4)
-    told = runs.check(whole[0], dataclasses.replace(asked.settings, optimizer=slower), asked.options)
+    told = runs.check(tmp_path, dataclasses.replace(asked.settings, optimizer=slower), asked.options)
     assert told == [f"optimizer.rate is 0.0001 (the run began with {asked.settings.optimizer.rate})"]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import shlex
@@ -214,6 +215,22 @@ def test_what_is_named_is_there(path):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text):
         assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+TESTED = sorted(
+    {each for path in READMES for each in re.findall(r"python -m pytest [^`#\n]*", path.read_text())}
+)
+
+
+@pytest.mark.parametrize("line", TESTED)
+def test_the_tests_that_a_table_names_are_there(line):
+    words = shlex.split(line)
+    text = "".join((ROOT / word).read_text("utf-8") for word in words if word.endswith(".py"))
+    marks = re.findall(r'^    "(\w+)[:(]', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    for flag, word in itertools.pairwise(words):
+        for name in {*re.findall(r"\w+", word)} - {"and", "or", "not"}:
+            assert flag != "-m" or name in ("pytest", *marks), name
+            assert flag != "-k" or re.search(rf"def test_\w*{name}|\"{name}\"", text), name
 
 
 def test_the_tables_of_schedules_are_the_schedules():

@@ -15,6 +15,8 @@ from fvdm_jax.presence import Presence
 from fvdm_jax.program import Refusal
 from fvdm_jax.train import parse, sizes
 
+# Two runs of training, and their replays.
+pytestmark = pytest.mark.thorough
 FLAGS = "--steps", "12", "--save-every", "4", "--evaluate-every", "0", "--mesh", "data=2,fsdp=4"
 
 

@@ -121,6 +121,7 @@ def killed(config, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("T11")
 def test_a_killed_run_goes_on_to_the_bit(whole, killed, config, tmp_path):
     out = tmp_path / "run"

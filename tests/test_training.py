@@ -195,10 +195,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(plain):
 @pytest.mark.parametrize(
     "mesh",
     [
-        "fsdp=8",
         "fsdp=2,context=2,tensor=2",
         # tests/test_train.py and test_train_real.py train over data.
-        *(pytest.param(mesh, marks=SLOW) for mesh in ("data=8", "data=2,fsdp=2,tensor=2")),
+        *(pytest.param(mesh, marks=SLOW) for mesh in ("fsdp=8", "data=8", "data=2,fsdp=2,tensor=2")),
     ],
 )
 def test_a_mesh_changes_nothing_but_where_things_lie(plain, mesh):
