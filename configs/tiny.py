@@ -70,7 +70,7 @@ SAMPLING = {
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background", "negative": "",
     "frames": FRAMES, "size": [SIDE, SIDE], "fps": 12,
     "process": "flow", "solver": "unipc", "steps": 10, "spacing": "wan", "shift": 3.0, "guidance": 1.5,
-    # From text the first latent frame first, and the others by it.
+    # The first frame that is generated first, and the others by it: twice the calls.
     "schedule": f"autoregressive:block={FRAMES // 4},first=1",
 }  # fmt: skip
 

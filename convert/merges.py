@@ -113,8 +113,9 @@ def merged(networks: list[plans.Network], asked_for: list[Merge]) -> list[plans.
         _check_fit(merge.part.path, every[merge.goal], found)
         changes.setdefault(merge.goal, []).append((found, merge.strength))
     for name, some in changes.items():
-        path = every[name].source.path
-        arrays = [plans.inspected(path, _sum(array, some)) for array in every[name].arrays]
+        sums = [(array, _sum(array, some)) for array in every[name].arrays]
+        # What was finite before is not by the LoRA, or by its strength.
+        arrays = [array if total is array else plans.inspected("--lora", total) for array, total in sums]
         every[name] = every[name]._replace(arrays=arrays)
     return list(every.values())
 

@@ -104,7 +104,7 @@ def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) ->
 
 
 def cast(array: Planned, dtype: str) -> Planned:
-    """The array with elements of another type, rounded once. It warns of overflow."""
+    """The array with elements of another type, rounded once; when it is read overflow is refused."""
     kind = np.dtype(DTYPES.get(dtype, dtype))
     if array.dtype == kind:
         return array
@@ -114,13 +114,13 @@ def cast(array: Planned, dtype: str) -> Planned:
         with np.errstate(over="ignore"):
             rounded = values.astype(kind)
         if finite(values) and not finite(rounded):
-            print(f"note: {array.path} holds numbers too large for {dtype}", flush=True)
+            raise Refusal("--dtype", f"{dtype} cannot hold the numbers of {array.path}", "give bfloat16")
         return rounded
 
     return array._replace(dtype=kind, piece=piece)
 
 
-def inspected(path: Path, array: Planned, blank: bool = True) -> Planned:
+def inspected(path: Path | str, array: Planned, blank: bool = True) -> Planned:
     """The array, which refuses when it is read what is not finite, and mislabelled bytes.
 
     With `blank` it warns of kernels that are all 0.

@@ -14,7 +14,7 @@ from fvdm_jax.request import FLAGS, Request, check_outputs, validate
 from fvdm_jax.rules import RULES, sides, strengths, texts
 from fvdm_jax.video import STRIDE
 
-LATER = ("lora", "interval", "preset", "still", "segments", "noise_file", *OPTIONAL, *FLAGS[1:])
+LATER = ("lora", "interval", "preset", "still", "segments", "noise_file", *FLAGS[1:])
 """The settings that not all files of latents name."""
 
 

@@ -60,6 +60,10 @@ def defaults(folder: Path) -> Defaults:
         if strange := sorted(set(sampling) - {*SAMPLING, *OPTIONAL}):
             right = f"it may hold {', '.join((*SAMPLING, *OPTIONAL))}"
             raise Refusal(config, f"'sampling' holds {plain(strange[0])}", right)
+        if str(sampling["schedule"]).endswith(".json"):
+            raise Refusal(
+                f"{config}: sampling.schedule", "is a file's", "name one, and give files as --schedule"
+            )
         return made
     raise Refusal("--model", what, "give the folder of a model, or leave the flag out for the bundled one")
 

@@ -78,18 +78,20 @@ class Meter:
     def waiting(self) -> Iterator[None]:
         """Around what gets the next batch."""
         began = time.perf_counter()
-        with self._watched("the wait for data"):
+        with self.watched("the wait for data"):
             yield
         self._waited += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def _watched(self, what: str) -> Iterator[None]:
-        """Within it what takes far longer than most steps is told of, while it goes on: it may hang."""
-        usual = float(np.median(self._times)) if self._times else math.inf
-        limit = min(max(LEAST, HUNG * usual), threading.TIMEOUT_MAX)
-        said = (
-            f"warning: {what} has taken {limit:.0f} s, and most steps take {usual:.3g} s: something may hang"
-        )
+    def watched(self, what: str) -> Iterator[None]:
+        """Within it what takes far longer than most steps is told of while it does, by who has the log."""
+        if self._log is None:
+            yield
+            return
+        usual = float(np.median(self._times)) if self._times else 0.0
+        limit = max(LEAST, HUNG * usual)
+        most = f", and most steps take {usual:.3g} s" if usual else ""
+        said = f"warning: {what} has taken {limit:.0f} s so far{most}: something may hang"
         timer = threading.Timer(limit, self.say, [said])
         timer.daemon = True
         timer.start()
@@ -108,7 +110,7 @@ class Meter:
         if self._pending is None:
             return
         (step, told, rows), self._pending = self._pending, None
-        with self._watched(f"step {step}"):
+        with self.watched(f"step {step}"):
             told = jax.device_get(told)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -143,7 +145,7 @@ class Meter:
             )
             raise Refusal("--max-bad", what, f"mend them, or allow more than {most:.2%}")
 
-    def _watch(self, step: int, loss: float, rows) -> None:
+    def _spike(self, step: int, loss: float, rows) -> None:
         """Tells of a loss that stands out from those before it."""
         usual = np.median(self._losses) if self._losses else loss
         spread = np.median(np.abs(np.array(self._losses) - usual)) if self._losses else 0.0
@@ -189,7 +191,7 @@ class Meter:
         self._first, self._waited = False, 0.0
         self.write(step, measures)
         self._show(step, measures)
-        self._watch(step, measures["loss"], rows)
+        self._spike(step, measures["loss"], rows)
 
     def _show(self, step: int, measures: dict[str, float]) -> None:
         used = f"  {measures['mfu']:.1%} of peak" if "mfu" in measures else ""

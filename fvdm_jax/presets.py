@@ -5,9 +5,9 @@ Wan2.2, wan/configs and generate.py; Pusa-VidGen at 8a8c4f5, the scripts of exam
 (strength of its LoRA 1.3 to 1.5, kept images at 0.2); Wan2.2-Lightning, four steps without guidance.
 """
 
-TOGETHER = {"process": "flow", "schedule": "together", "shift": 5.0}
-WAN = TOGETHER | {"solver": "unipc", "spacing": "wan", "fps": 16, "guidance": 5.0}
-PUSA = TOGETHER | {"solver": "euler", "spacing": "pusa", "kept": 0.2}
+COMMON = {"process": "flow", "schedule": "together", "shift": 5.0}
+WAN = COMMON | {"solver": "unipc", "spacing": "wan", "fps": 16, "guidance": 5.0}
+PUSA = COMMON | {"solver": "euler", "spacing": "pusa", "kept": 0.2}
 EXPERTS = {"boundary": 0.875}
 
 PRESETS: dict[str, dict] = {

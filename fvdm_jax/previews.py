@@ -16,7 +16,7 @@ from fvdm_jax.guidance import Generation
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import outputs
 from fvdm_jax.samplers import SAMPLERS
-from fvdm_jax.schedule import SPACINGS, schedule
+from fvdm_jax.schedule import SPACINGS
 from fvdm_jax.sharding import replicated
 from fvdm_jax.trainer import Trainer, within
 
@@ -49,7 +49,7 @@ class Previews(NamedTuple):
             task = tasks.text_to_video(clean.shape)
             for frame in kept:
                 task = task.keep(clean[:, frame : frame + 1], frame)
-            rows = schedule(sigmas, np.asarray(task.strength))
+            rows = zoo.levels(self.settings.get("schedule", OPTIONAL["schedule"]), sigmas, task.strength)
             inputs = (self.prompts, self.settings["guidance"], noise, task.canvas, rows)
             made[name] = np.asarray(self.program(variables, *inputs)), np.asarray(task.strength).tolist()
         if jax.process_index():

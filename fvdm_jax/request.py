@@ -178,7 +178,7 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
         try:
             zoo.levels(complete.schedule, (), complete.strength[: complete.latent_frames])
         except ValueError as wrong:
-            raise Refusal("--schedule", str(wrong)) from wrong
+            raise Refusal(where["schedule"], str(wrong)) from wrong
     several = complete.prompts is not None and complete.length is None
     if not (base or several):
         _check_pictures(complete, model)
@@ -278,11 +278,12 @@ def _windows(request: Request, model: Defaults) -> Request:
         (any(keep.first + keep.count == window for keep in request.keeps), "has no last frame to be kept",
          "keep frames of its beginning"),
         (queue and request.cache, "by a queue spares no steps", "leave --cache out"),
-        (queue and len(model.transformers) > 1, "by a queue is not for two experts", "take no --schedule"),
+        (queue and len(model.transformers) > 1, "by a queue is not for two experts",
+         "give another --schedule"),
         (queue and (request.anchors or request.prompts), "by a queue has no anchors, and one prompt",
-         "take no --schedule"),
+         "give another --schedule"),
         (queue and [request.strength, request.settled] != [sorted(map(math.ceil, request.strength))] * 2,
-         "by a queue keeps its first frames alone, and whole", "give 0=FILE:0, or take no --schedule"),
+         "by a queue keeps its first frames alone, and whole", "give 0=FILE:0, or another --schedule"),
     ):  # fmt: skip
         if wrong:
             raise Refusal("--length", what, right)

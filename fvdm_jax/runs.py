@@ -26,13 +26,18 @@ def check(folder: Path, settings: Training, options: dict, allowed: tuple[str, .
             what = f"is {ours!r}, and the run in {folder} began with {theirs!r}"
             right = f"give that, another --out, or --allow-change {name} if you know that it may"
             raise Refusal(config.flag(name), what, right)
-    changed = {name: told for name, *told in config.differences(options, began["options"])}
-    before = config.flat(began["settings"])
-    for name, *told in config.differences(config.flat(now), before):
+    changed = list(config.differences(options, began["options"]))
+    given, before = set(changed), config.flat(began["settings"])
+    for name, ours, theirs in config.differences(config.flat(now), before):
+        setting, _, last = name.rpartition(".")
         # What an option changes is told of as that option, and what the run did not know yet not at all.
-        if name in before.keys() - {*config.MUST_MATCH} and name.rpartition(".")[2] not in changed:
-            changed[name] = told
-    return [f"{name} is {ours} (the run began with {theirs})" for name, (ours, theirs) in changed.items()]
+        if (
+            name in before
+            and {setting, last}.isdisjoint(config.MUST_MATCH)
+            and (last, ours, theirs) not in given
+        ):
+            changed.append((name, ours, theirs))
+    return [f"{name} is {ours} (the run began with {theirs})" for name, ours, theirs in changed]
 
 
 def write_settings(folder: Path, settings: Training, options: dict, source: Path) -> None:

@@ -187,7 +187,9 @@ def train(run, stopped: Callable[[], int]) -> int:
                 # host.
                 meter.step(step, told, rows)
                 trace(step)
-                code = asking(stopped())
+                # Of several processes it is here that one waits for the others' steps.
+                with meter.watched(f"step {step}"):
+                    code = asking(stopped())
                 if not code:
                     run.look(state, step, meter)
                 if code or step == settings.steps or step % settings.save_every == 0:

@@ -101,10 +101,10 @@ class Run(NamedTuple):
             self.failed[what] = 0
         except Exception as failure:
             self.failed[what] = self.failed.get(what, 0) + 1
-            if self.failed[what] == PATIENCE:
-                raise
             said = plain(f"{type(failure).__name__}: {failure}", 300)
             meter.incident(f"{what} failed", step, said)
+            if self.failed[what] == PATIENCE:
+                raise
             meter.say(f"warning: {what} after step {step} failed, and training goes on: {said}")
         meter.resume()
 

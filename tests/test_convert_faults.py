@@ -86,7 +86,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, source, out):
 
 
 def test_what_is_to_be_made_at_a_link_that_leads_nowhere(tmp_path, source):
-    """It is made where the link leads to, or refused; the link stays."""
+    """It is made where the link leads to, and the link stays."""
     (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
     convert(source, tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and contents(tmp_path / "elsewhere")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from convert import wan, write
-from convert.table import unplan
-from convert.tensors import Planned, Tensor
+from convert.table import plan, unplan
+from convert.tensors import DTYPES, Planned, Tensor, known
 from fvdm_jax.models import dit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ def layout(config: dit.DiTConfig) -> dict[str, Tensor]:
     for path, leaf in flatten_dict(nn.meta.unbox(dit.abstract(config)), sep="/").items():
         layers = leaf.shape[0] if path.startswith("blocks/") else None
         arrays[path] = Planned(path, np.dtype(np.float32), leaf.shape, layers, lambda i: None)
-    tensors = unplan(wan.dit(), arrays, p=2, q=2)
+    tensors = unplan(wan.dit(bool(config.image_width)), arrays, p=2, q=2)
 
     def drawn(n: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.random.default_rng(n).standard_normal(shape, np.float32) * np.float32(0.02)
@@ -89,6 +92,33 @@ MOST = 350 << 20
 """Above a dry run, whatever the file's size."""
 
 
+SIZES = st.builds(
+    lambda heads, head, ffn, layers, text, image: dit.DiTConfig(
+        2 * head * heads, ffn, heads, layers, 36 if image else 16, text_width=text, image_width=image
+    ),
+    st.integers(1, 3), st.integers(3, 8), st.integers(1, 9), st.integers(1, 12), st.integers(1, 9),
+    st.sampled_from([0, 5]),
+)  # fmt: skip
+
+
+@pytest.mark.thorough
+@given(SIZES, st.sampled_from(["F32", "F16", "BF16", "F8_E4M3"]), st.integers(0, 2**32))
+@settings(max_examples=40, derandomize=True, deadline=None, database=None)
+def test_whatever_the_sizes_and_types_what_comes_in_goes_out_bit_for_bit(config, dtype, seed):
+    """Of any bits, NaN's too."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for key, tensor in layout(config).items():
+        bits = rng.bytes(math.prod(tensor.shape) * np.dtype(DTYPES[dtype]).itemsize)
+        tensors[key] = known(np.frombuffer(bits, DTYPES[dtype]).reshape(tensor.shape))
+    rules = wan.dit(bool(config.image_width))
+    arrays = {array.path: array for array in plan(rules, tensors, p=2, q=2)}
+    again = unplan(rules, arrays, p=2, q=2)
+    assert again.keys() == tensors.keys()
+    for key, tensor in again.items():
+        assert (tensor.dtype, tensor.shape) == (tensors[key].dtype, tensors[key].shape)
+        assert tensor.read().tobytes() == tensors[key].read().tobytes(), key
+
+
 @pytest.mark.parametrize(
     "config", [SMALL, *(pytest.param(each, marks=pytest.mark.slow) for each in LARGE)],
     ids=["small", "ten_layers", "wan_1_3b"],
@@ -100,8 +130,8 @@ def test_a_checkpoint_comes_in_and_goes_out_bit_for_bit_in_bounded_memory(tmp_pa
     tensors = layout(config)
     write.safetensors(source, tensors, lambda count: None)
     size = source.stat().st_size
-    settings = {"num_heads": config.heads, "num_layers": config.layers}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    told = {"num_heads": config.heads, "num_layers": config.layers}
+    (tmp_path / "config.json").write_text(json.dumps(told))
     copy = copied(source, tmp_path / "copy")
     (tmp_path / "copy").unlink()
 

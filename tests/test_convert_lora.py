@@ -102,6 +102,18 @@ def test_a_lora_of_another_network_is_refused(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_lora_that_is_not_finite_is_refused(tmp_path):
+    """By itself, and merged, where its network is not to blame."""
+    tensors = part("diffsynth")
+    tensors["blocks.1.ffn.0.lora_B.default.weight"][2, 1] = np.inf
+    path, base = put(tmp_path / "lora", tensors, None), put(tmp_path / "base", weights("dit_t2v"))
+    with pytest.raises(Refusal, match="low_rank/blocks/ffn/up/b of layer 1 holds NaN or infinity"):
+        convert(path, tmp_path / "adapters")
+    with pytest.raises(Refusal, match="--lora: blocks/ffn/up/kernel of layer 1 holds NaN or infinity"):
+        convert(base, tmp_path / "model", "--lora", path)
+    assert {each.name for each in tmp_path.iterdir()} == {"lora", "base"}
+
+
 def wide() -> dict[str, np.ndarray]:
     """Feed-forward layers of another width."""
     zeros = {"0.weight": (96, 64), "0.bias": (96,), "2.weight": (64, 96)}

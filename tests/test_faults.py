@@ -1,5 +1,6 @@
 """Faults of training, one by one: what happens is told in a line, and nothing that was learned is lost."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -129,7 +130,7 @@ def test_a_nan_changes_nothing_and_the_state_before_is_set_aside(whole, config, 
     aside, position = ended(config, out / train_run.ASIDE / "step_14")
     assert position.batch == 13 and aside["step"] == 13
     assert incidents(out)[0]["kind"] == "not finite" and len(incidents(out)[0]["clips"]) == 8
-    # From there, with the sample mended, the run ends as if nothing had been.
+    # With the sample mended the run ends as if nothing had been.
     monkeypatch.undo()
     assert train(config, out) == 0
     assert same(ended(config, out)[0], ended(config, whole[0])[0])
@@ -148,17 +149,33 @@ def test_steps_that_are_not_finite_may_be_left_out(config, tmp_path, monkeypatch
 
 
 @pytest.mark.thorough
-@pytest.mark.fault("T7", "T9")
-def test_a_spike_is_told_of_once_and_what_hangs_while_it_does(config, tmp_path, monkeypatch, capfd):
-    changed(monkeypatch, 19, lambda latents: latents * 1e3)
-    changed(monkeypatch, 16, lambda latents: time.sleep(3) or latents)
-    out = tmp_path / "run"
+@pytest.mark.fault("T9")
+def test_what_hangs_is_told_of_while_it_does(config, tmp_path, monkeypatch, capfd):
+    """The wait for the seventh batch, and the tenth step that is read."""
+    get, read = jax.device_get, []
+
+    def slow(told):
+        if isinstance(told, dict) and "finite" in told:
+            read.append(told)
+            time.sleep(3 * (len(read) == 10))
+        return get(told)
+
+    changed(monkeypatch, 6, lambda latents: time.sleep(3) or latents)
+    monkeypatch.setattr(jax, "device_get", slow)
+    monkeypatch.setattr(measures, "HUNG", 0.0)
     monkeypatch.setattr(measures, "LEAST", 1.0)
-    assert train(config, out) == 0
+    assert train(config, tmp_path / "run", "--steps", "12", "--evaluate-every", "0") == 0
     said = re.sub(r"\s+", " ", capfd.readouterr().err)
-    assert re.search(
-        "the wait for data has taken 1 s, and most steps take [0-9.e-]+ s: something may hang", said
-    )
+    for what in ("the wait for data", "step 10"):
+        assert re.search(f"{what} has taken 1 s so far, and most steps take [0-9.e-]+ s: something may", said)
+
+
+@pytest.mark.thorough
+@pytest.mark.fault("T7")
+def test_a_spike_is_told_of_once(config, tmp_path, monkeypatch):
+    changed(monkeypatch, 19, lambda latents: latents * 1e3)
+    out = tmp_path / "run"
+    assert train(config, out) == 0
     (told,) = incidents(out)
     assert told["kind"] == "spike" and told["step"] == 20 and told["clips"][0] == "noise 0"
     # Its gradient was clipped like others.
@@ -243,8 +260,6 @@ def test_what_must_match_is_refused_unless_it_is_allowed(config, tmp_path):
     assert {*CHANGES, "dit"} == set(MUST_MATCH)
     asked = parse([str(config), "--out", str(tmp_path), "--synthetic"])
     runs.write_settings(tmp_path, asked.settings, asked.options, config)
-    import dataclasses
-
     for name, value in CHANGES.items():
         other = dataclasses.replace(asked.settings, **{name: value})
         with pytest.raises(Refusal, match=f"--{name.replace('_', '-')}: is .*--allow-change {name}"):

@@ -1,16 +1,22 @@
 """Batch s is the same whoever reads it and however he came there, and no bad record passes for a clip."""
 
+import json
+import re
 from collections import Counter
 from itertools import islice
 
 import fsspec
 import numpy as np
 import pytest
+import small
 
+from fvdm_jax import runs
 from fvdm_jax.data import records
 from fvdm_jax.data.pipeline import Batches
 from fvdm_jax.data.records import Header, Record, Writer, load
+from fvdm_jax.models.dit import DiTConfig
 from fvdm_jax.program import Refusal
+from fvdm_jax.train import main
 
 HEADER = Header(4, 6, 5, 16.0, "tiny", {}, {})
 BUCKETS = {(1, 2, 3): 4, (2, 2, 2): 12, (3, 2, 2): 8}
@@ -183,6 +189,31 @@ def test_a_bad_record_is_named_and_the_next_good_one_takes_its_place(tmp_path, f
         changed += names != sound[step].names
     assert changed == 2
     assert list(batches.bad) == [entry.name] and "cannot be read" in batches.bad[entry.name]
+
+
+@pytest.mark.thorough
+@pytest.mark.fault("T8", "T11")
+def test_a_run_on_twelve_clips_of_which_four_are_bad_goes_on_to_the_bit(tmp_path, capfd):
+    data, bad = tmp_path / "records", []
+    fill(data, {(2, 2, 2): 12})
+    for entry in load(data).entries[1::3]:
+        damage(data, entry)
+        bad.append(entry.name)
+    config = small.training(
+        tmp_path, data=str(data), dit=DiTConfig(8, 16, 2, 1, 4, 4, text_width=6, dtype="float32"), text=5,
+        batch=4, mesh="data=4,fsdp=2", steps=6, save_every=3, held_out=0, evaluate_every=0, max_bad=0.4,
+    )  # fmt: skip
+    ended = {}
+    for name, parts in {"whole": [()], "halves": [("--steps", "3"), ()]}.items():
+        for flags in parts:
+            assert main([str(config), "--out", str(tmp_path / name), *flags]) == 0
+        said = re.sub(r"\s+", " ", capfd.readouterr().err)
+        assert all(f"{clip} cannot be read" in said for clip in bad), said
+        told = json.loads((tmp_path / name / "checkpoints/6/run/metadata").read_text())["digests"]
+        ended[name] = told, [line["loss"] for line in runs.metrics(tmp_path / name)]
+    assert ended["whole"] == ended["halves"] and len(ended["whole"][1]) == 6
+    with pytest.raises(Refusal, match="--max-bad: 4 records of 12 cannot be read"):
+        main([str(config), "--out", str(tmp_path / "strict"), "--max-bad", "0.3"])
 
 
 @pytest.mark.fault("T8")

@@ -23,6 +23,7 @@ from fvdm_jax.schedule import SPACINGS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in ROOT.rglob("README.md") if ".venv" not in path.parts)
+MARKED = re.compile(r"^pytestmark = pytest\.mark\.(thorough|slow)", re.MULTILINE)
 EXTRAS = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 # Programs of others, whose flags nobody here can check.
 OTHERS = set(
@@ -139,10 +140,14 @@ def schedules(argv: list[str]) -> None:
 
 
 def of_tests(argv: list[str]) -> None:
+    """Files and marks exist, words of -k are in names of tests there, and not all would be left out."""
     marks = re.findall(r'^    "(\w+)(?:\(\w+\))?: ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    for flag, value in zip(argv, argv[1:], strict=False):
-        assert flag != "-m" or set(value.split()) - {"and", "or", "not"} <= set(marks), value
-        assert not value.endswith(".py") or (ROOT / value).is_file(), value
+    text = "".join((ROOT / word).read_text("utf-8") for word in argv if word.endswith(".py"))
+    for flag, value in itertools.pairwise(argv):
+        words = set(re.findall(r"\w+", value)) - {"and", "or", "not"}
+        assert flag != "-m" or words <= set(marks), value
+        assert flag != "-k" or all(re.search(rf'def test_\w*{word}|"{word}"', text) for word in words), value
+    assert "-m" in argv or not MARKED.search(text), argv
 
 
 def told_by_doctor(argv: list[str]) -> None:
@@ -218,19 +223,13 @@ def test_what_is_named_is_there(path):
 
 
 TESTED = sorted(
-    {each for path in READMES for each in re.findall(r"python -m pytest [^`#\n]*", path.read_text())}
+    {each for path in READMES for each in re.findall(r"python -m pytest [^`#\n]*", path.read_text("utf-8"))}
 )
 
 
 @pytest.mark.parametrize("line", TESTED)
 def test_the_tests_that_a_table_names_are_there(line):
-    words = shlex.split(line)
-    text = "".join((ROOT / word).read_text("utf-8") for word in words if word.endswith(".py"))
-    marks = re.findall(r'^    "(\w+)[:(]', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
-    for flag, word in itertools.pairwise(words):
-        for name in {*re.findall(r"\w+", word)} - {"and", "or", "not"}:
-            assert flag != "-m" or name in ("pytest", *marks), name
-            assert flag != "-k" or re.search(rf"def test_\w*{name}|\"{name}\"", text), name
+    of_tests(shlex.split(line)[3:])
 
 
 def test_the_tables_of_schedules_are_the_schedules():

@@ -118,6 +118,16 @@ def test_a_picture_is_dropped_and_a_video_made(page, cat, tmp_path, monkeypatch)
     assert [keep.path.name for keep in request.keeps] == ["my cat.png"]
 
 
+def test_another_schedule_takes_its_options_with_it(page):
+    """Those of the model's own are of no other one."""
+    page.get_by_text("more settings").click()
+    assert page.input_value("#schedule input") == "autoregressive"
+    page.click("#schedule input")
+    page.get_by_role("option", name="together").click()
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('schedule=together')")
+    assert "block=" not in page.input_value("#command textarea")
+
+
 def test_pictures_are_dropped_on_frames_of_the_strip(page, cat):
     """Each goes into a free slot, kept at the frame that it fell on; beside the strip nothing is taken."""
     drop = """async ([where, name, data]) => {

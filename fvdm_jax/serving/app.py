@@ -112,8 +112,10 @@ def blocks(session: Session, page: Page) -> gr.Blocks:
         gr.on(events, page.drawn, inputs, [drawn, command], queue=False, trigger_mode="always_last", **quiet)
         making = go.click(page.made, inputs, [status, sheet, result, settings, command], **quiet)
         stop.click(lambda: "<p>stopped</p>", None, status, cancels=[making], queue=False, **quiet)
-        chosen = [words[name] for name in form.PRESET] + slots[2::3]
+        chosen = [words[name] for name in form.BY_PRESET] + slots[2::3]
         words["preset"].change(partial(_preset, own), words["preset"], chosen, queue=False, **quiet)
+        # Another schedule has other options. Presets, which set both, are no input of a user's.
+        words["schedule"].input(lambda: "", None, words["options"], queue=False, **quiet)
         words["frames"].change(_places, words["frames"], slots[1::3], queue=False, **quiet)
     return app
 
@@ -175,7 +177,7 @@ def _buttons() -> tuple:
 
 def _preset(own: dict, name: str) -> list:
     said = form.preset(name, own)
-    return [said[each] for each in form.PRESET] + [said["kept"]] * form.SLOTS
+    return [said[each] for each in form.BY_PRESET] + [said["kept"]] * form.SLOTS
 
 
 def _places(frames: float) -> list:

@@ -25,7 +25,7 @@ SLOTS = 4
 MOST = 50 * 81 * 720 * 1280
 """Steps times pixels that one video may take: Wan's largest, at its own number of steps."""
 
-PRESET = ("steps", "solver", "schedule", "options", "guidance", "shift")
+BY_PRESET = ("steps", "solver", "schedule", "options", "guidance", "shift")
 """The fields that say what a preset sets."""
 
 
