@@ -88,8 +88,6 @@ def same(a: Path, b: Path) -> bool:
 
 SMALL = dit.DiTConfig(256, 1024, 2, 12)
 LARGE = [dataclasses.replace(dit.SIZES["wan_1_3b"], layers=10), dit.SIZES["wan_1_3b"]]
-MOST = 350 << 20
-"""Above a dry run, whatever the file's size."""
 
 
 SIZES = st.builds(
@@ -143,9 +141,9 @@ def test_a_checkpoint_comes_in_and_goes_out_bit_for_bit_in_bounded_memory(tmp_pa
         f"\n{size / 1e9:.2f} GB: copied in {copy:.1f} s; converted in {wall:.1f} s ({cpu:.1f} s CPU), "
         f"{size / wall / 1e9:.2f} GB/s, {speed:.2f} of the copy's speed; "
         f"peak {peak / 2**20:.0f} MiB, {(peak - base) / 2**20:.0f} above a dry run's {base / 2**20:.0f}; "
-        f"at most {min(2 * largest + MARGIN, MOST) / 2**20:.0f}"
+        f"at most {(2 * largest + MARGIN) / 2**20:.0f}"
     )
-    assert peak < base + min(2 * largest + MARGIN, MOST)
+    assert peak < base + 2 * largest + MARGIN
     wall, cpu, peak = measured(str(model), str(back), "--to", "official")
     print(f"exported in {wall:.1f} s ({cpu:.1f} s CPU), peak {peak / 2**20:.0f} MiB")
     assert same(source, back / source.name)
