@@ -201,7 +201,8 @@ def test_a_run_on_twelve_clips_of_which_four_are_bad_goes_on_to_the_bit(tmp_path
         bad.append(entry.name)
     config = small.training(
         tmp_path, data=str(data), dit=DiTConfig(8, 16, 2, 1, 4, 4, text_width=6, dtype="float32"), text=5,
-        batch=8, mesh="data=4,fsdp=2", fresh=True, steps=6, save_every=3, held_out=0, evaluate_every=0, max_bad=0.4,
+        batch=8, mesh="data=4,fsdp=2", fresh=True, steps=6, save_every=3, held_out=0, evaluate_every=0,
+        max_bad=0.4,
     )  # fmt: skip
     ended = {}
     for name, parts in {"whole": [()], "halves": [("--steps", "3"), ()]}.items():
