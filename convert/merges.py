@@ -114,7 +114,7 @@ def merged(networks: list[plans.Network], asked_for: list[Merge]) -> list[plans.
         changes.setdefault(merge.goal, []).append((found, merge.strength))
     for name, some in changes.items():
         sums = [(array, _sum(array, some)) for array in every[name].arrays]
-        # What was finite before is not by the LoRA, or by its strength.
+        # All were finite before: one that is not now is so by the LoRA, or by its strength.
         arrays = [array if total is array else plans.inspected("--lora", total) for array, total in sums]
         every[name] = every[name]._replace(arrays=arrays)
     return list(every.values())

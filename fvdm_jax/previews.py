@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fvdm_jax import checkpoint, latents, tasks, video
+from fvdm_jax import checkpoint, latents, tasks, video, zoo
 from fvdm_jax.data.records import Record
+from fvdm_jax.defaults import OPTIONAL
 from fvdm_jax.export import sampling
 from fvdm_jax.guidance import Generation
 from fvdm_jax.process import PROCESSES
@@ -49,7 +50,7 @@ class Previews(NamedTuple):
             task = tasks.text_to_video(clean.shape)
             for frame in kept:
                 task = task.keep(clean[:, frame : frame + 1], frame)
-            rows = zoo.levels(self.settings.get("schedule", OPTIONAL["schedule"]), sigmas, task.strength)
+            rows = zoo.levels(self.settings["schedule"], sigmas, task.strength)
             inputs = (self.prompts, self.settings["guidance"], noise, task.canvas, rows)
             made[name] = np.asarray(self.program(variables, *inputs)), np.asarray(task.strength).tolist()
         if jax.process_index():
@@ -88,7 +89,7 @@ def prepared(trainer: Trainer, folder: Path, clip: Record, prompts: tuple) -> Pr
     settings = json.loads((model / "config.json").read_text("utf-8")).get("sampling")
     if settings is None:
         return None
-    settings = sampling(trainer.settings, settings)
+    settings = OPTIONAL | sampling(trainer.settings, settings)
     process, solver = PROCESSES[trainer.settings.process], SAMPLERS[settings["solver"]]
     generation = Generation(trainer.sampled, process, solver)
     program = jax.jit(generation.sample, out_shardings=replicated(trainer.over))

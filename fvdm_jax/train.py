@@ -167,8 +167,9 @@ def train(run, stopped: Callable[[], int]) -> int:
     from fvdm_jax.measures import Meter, NotFinite
 
     settings, state = run.asked.settings, run.state
-    step, code, steps, asking = int(state.step), 0, {}, Asking()
+    step, code, steps = int(state.step), 0, {}
     meter = Meter(run.trainer, run.log, run.feed)
+    asking = Asking(meter)
     with meter, profiled(run.asked, step) as trace, run.explained():
         run.ledger.began()
         try:
@@ -187,9 +188,7 @@ def train(run, stopped: Callable[[], int]) -> int:
                 # host.
                 meter.step(step, told, rows)
                 trace(step)
-                # Of several processes it is here that one waits for the others' steps.
-                with meter.watched(f"step {step}"):
-                    code = asking(stopped())
+                code = asking(stopped())
                 if not code:
                     run.look(state, step, meter)
                 if code or step == settings.steps or step % settings.save_every == 0:
@@ -209,8 +208,8 @@ class Asking:
     where steps are slow about every SOON seconds, but not within a step.
     """
 
-    def __init__(self):
-        self._every, self._asked, self._steps = ASK, time.monotonic(), 0
+    def __init__(self, meter):
+        self._meter, self._every, self._asked, self._steps = meter, ASK, time.monotonic(), 0
 
     def __call__(self, code: int) -> int:
         """To be called after every step."""
@@ -224,7 +223,8 @@ class Asking:
         from fvdm_jax.together import most
 
         now = time.monotonic()
-        step = most((now - self._asked) / self._steps)
+        with self._meter.watched("the wait for the steps of other processes"):
+            step = most((now - self._asked) / self._steps)
         self._every, self._asked, self._steps = max(1, min(ASK, int(SOON / max(step, 1e-3)))), now, 0
         return int(most(code))
 

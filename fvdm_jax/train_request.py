@@ -77,9 +77,9 @@ class Asked(NamedTuple):
 def config_file(argv: list[str], parser: Callable[[], Parser]) -> Path:
     """The config that is named; without one help is given, or a Refusal raised. Imports no jax."""
     path = next((Path(word) for word in argv if word.endswith(".py")), None)
-    if path is not None and not path.is_file():
-        raise Refusal(path, "is no file", "give one of configs/, or your own")
     if path is not None:
+        if not path.is_file():
+            raise Refusal(path, "is no file", "give one of configs/, or your own")
         return path
     if {"-h", "--help"} & set(argv):
         Parser.print_help(parser())

@@ -126,7 +126,7 @@ def test_a_kept_image_begins_the_video_bit_for_bit(generate, model, world):
     # What follows belongs to it: the background of the last frame is that of the first.
     corners = np.abs(made[:, -1, :4, :4] - made[:, 0, :4, :4]).mean((1, 2, 3))
     assert np.median(corners) < 0.15
-    # And goes where the prompt says: 6 of these, 84 % of 32 others (`python -m fvdm_jax.evaluate`).
+    # And goes where the prompt says: 6 of these, 88 % of 64 others (`python -m fvdm_jax.evaluate`).
     verdicts = [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(made)]
     assert sum(verdict.direction for verdict in verdicts) >= 4, verdicts
 
