@@ -49,13 +49,11 @@ def tree(folder: Path, planned: list[Planned], progress: Progress) -> None:
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
     handler.save(folder, args=ocp.args.PyTreeSave(unflatten_dict(names, sep="/")))
     for array in planned:
-        store, waiting = _store(folder, array, create=True), None
+        store = _store(folder, array, create=True)
         for place, piece in _pieces(array):
-            if waiting is not None:
-                _wait(waiting)
-            waiting = store[place].write(piece)
+            _wait(store[place].write(piece, can_reference_source_data_indefinitely=True))
             progress(piece.nbytes)
-        _wait(waiting)
+            del piece
 
 
 def _pieces(array: Planned) -> Iterator[tuple[tuple, np.ndarray]]:

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = 5_676_070_424
 """Bytes of the published diffusion_pytorch_model.safetensors."""
 
-MARGIN = 256 << 20
+MARGIN = 350 << 20
+"""Bytes that a conversion, here or back, takes above a dry run of it, whatever the size of the file."""
 
 
 def layout(config: dit.DiTConfig) -> dict[str, Tensor]:
@@ -136,16 +137,16 @@ def test_a_checkpoint_comes_in_and_goes_out_bit_for_bit_in_bounded_memory(tmp_pa
     _, _, base = measured(str(source), str(model), "--dry-run")
     wall, cpu, peak = measured(str(source), str(model))
     speed = copy / wall
-    largest = config.layers * config.width * config.ffn * 4
     print(
         f"\n{size / 1e9:.2f} GB: copied in {copy:.1f} s; converted in {wall:.1f} s ({cpu:.1f} s CPU), "
         f"{size / wall / 1e9:.2f} GB/s, {speed:.2f} of the copy's speed; "
         f"peak {peak / 2**20:.0f} MiB, {(peak - base) / 2**20:.0f} above a dry run's {base / 2**20:.0f}; "
-        f"at most {(2 * largest + MARGIN) / 2**20:.0f}"
+        f"at most {MARGIN / 2**20:.0f}"
     )
-    assert peak < base + 2 * largest + MARGIN
+    assert peak < base + MARGIN
     wall, cpu, peak = measured(str(model), str(back), "--to", "official")
     print(f"exported in {wall:.1f} s ({cpu:.1f} s CPU), peak {peak / 2**20:.0f} MiB")
+    assert peak < base + MARGIN
     assert same(source, back / source.name)
     if config is dit.SIZES["wan_1_3b"]:
         # The start of Python and jax counts too.
