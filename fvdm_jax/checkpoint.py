@@ -163,7 +163,8 @@ def restore_tree(folder: Path, widen: bool = False) -> dict:
     import orbax.checkpoint as ocp
 
     try:
-        tree = ocp.PyTreeCheckpointer().restore(folder.absolute())
+        # Orbax's checkpointer would wait here for all processes, and this is called by one as well.
+        tree = ocp.PyTreeCheckpointHandler().restore(folder.absolute())
     except (OSError, ValueError, KeyError) as broken:
         raise Refusal(folder, f"is no whole checkpoint ({broken})", "convert it again") from broken
     return jax.tree.map(lambda a: a.astype(np.float32) if widen and _is_float(a) else a, tree)

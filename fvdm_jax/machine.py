@@ -35,10 +35,16 @@ def cache(kind: str) -> Path | None:
 
 
 def keep_compiled_programs() -> None:
-    """Compiled programs go to the user's cache, so that a second run starts at once."""
+    """Compiled programs go to the user's cache, so that a second run starts at once.
+
+    Not so for several processes on GPUs, unless the folder is named by JAX_COMPILATION_CACHE_DIR: jax writes
+    from the first process alone, and where the others cannot read that they compile without it, and wait for
+    its share of what XLA measures together.
+    """
     import jax
 
-    if not jax.config.jax_compilation_cache_dir and (folder := cache("programs")):
+    alone = jax.process_count() == 1 or jax.default_backend() != "gpu"
+    if alone and not jax.config.jax_compilation_cache_dir and (folder := cache("programs")):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

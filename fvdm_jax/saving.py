@@ -100,11 +100,16 @@ class Checkpoints:
             self._check_room(tree)
             self._manager.save(step, args=args, force=True)
 
-        self._tried(begin)
+        # Orbax copies arrays before it returns, but those on the host, which the next step writes over.
+        if self._tried(begin) and any(map(_on_host, jax.tree.leaves(tree))):
+            self.settle()
 
     def _check_room(self, tree: dict) -> None:
         needed = size(tree)
-        room = shutil.disk_usage(self._folder).free
+        room = 0
+        # A place that cannot be asked has none, and the others are told.
+        with contextlib.suppress(OSError):
+            room = shutil.disk_usage(self._folder).free
         if most(int(needed > room)):
             raise OSError(f"it takes {needed / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free")
 
@@ -113,7 +118,7 @@ class Checkpoints:
         failure = None
         try:
             work()
-        except (OSError, ValueError, RuntimeError) as wrong:
+        except (OSError, ValueError, RuntimeError, Refusal) as wrong:
             failure = wrong
         if most(int(failure is not None)) == 0:
             return True
@@ -277,6 +282,11 @@ class Checkpoints:
 def size(tree) -> int:
     """Bytes of all arrays of a tree, wherever they lie."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _on_host(leaf) -> bool:
+    """Whether an array lies in the host's memory while devices compute with it: of --offload."""
+    return getattr(leaf.sharding, "memory_kind", None) == "pinned_host"
 
 
 def _attempted(work: Callable[[], dict]) -> dict:

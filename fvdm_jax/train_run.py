@@ -115,6 +115,8 @@ class Run(NamedTuple):
         """
         step, folder = int(state.step), self.asked.flags.out / ASIDE / f"step_{wrong.step}"
         with contextlib.suppress(Refusal, OSError), contextlib.ExitStack() as closing:
+            # Two that save at a time would meet each other's processes.
+            self.checkpoints.settle()
             folder.mkdir(parents=True, exist_ok=True)
             apart = saving.Checkpoints(folder, self.asked.settings, tell=meter.say)
             closing.callback(apart.close)

@@ -187,7 +187,8 @@ def build(settings: Training, network: dit.DiTConfig, devices: list | None = Non
         out_shardings=(jax.tree.map(_place, state), sharding.replicated(over)),
         compiler_options=dit.options(network, over.devices.flat[0].platform),
     )
-    errors = jax.jit(partial(held_out.errors, apply, recipe.objective.process))
+    at_once = settings.batch // settings.parts
+    errors = jax.jit(partial(held_out.errors, apply, recipe.objective.process, at_once=at_once))
     return Trainer(
         settings,
         network,

@@ -248,6 +248,21 @@ def test_a_full_disk_leaves_nothing_and_is_tried_again(run, full_disk):
 
 
 @pytest.mark.fault("T4")
+def test_hashes_that_cannot_be_written_do_not_end_the_run(run, monkeypatch):
+    def full(path):
+        raise Refusal(path, "no space left on device")
+
+    checkpoints = run.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "outputs", full)
+        checkpoints.save(state(3), Position(3, 24))
+        checkpoints.settle()
+    assert "checkpoint of step 3 cannot be written" in run.told[0] and "no space" in run.told[0]
+    checkpoints.finish(state(4), Position(4, 32))
+    assert run.open().restore(shapes_of(state(4)))[1].batch == 4
+
+
+@pytest.mark.fault("T4")
 def test_a_disk_that_stays_full_ends_the_run(run, monkeypatch):
     checkpoints = run.open()
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))

@@ -314,6 +314,20 @@ def test_an_average_follows():
     assert far(average, state.average) < 1e-6
 
 
+def test_held_out_clips_go_through_the_network_as_a_step_takes_them(monkeypatch):
+    """Few at a time where memory is short, which changes nothing of what is found."""
+    seen, found = [], []
+    plain = training.loss
+    monkeypatch.setattr(training, "loss", lambda p, n, *a: seen.append(len(n.level)) or plain(p, n, *a))
+    for parts in (1, 4):
+        made = trainer.build(dataclasses.replace(PLAIN, batch=8, parts=parts), SIZES, ONE)
+        params = jax.tree.map(jnp.asarray, stood(made._replace(frozen=made.state.params)))
+        found.append(made.errors(params, {}, training.Batch(*map(jnp.asarray, clips(6)))))
+    assert set(seen) == {6, 2}
+    for name, error in found[0].items():
+        np.testing.assert_allclose(found[1][name], error, rtol=1e-6)
+
+
 def test_the_adapters_of_pusa_are_as_many_as_published():
     """2,453,667,840 parameters at rank 512 of the ten matrices of 40 blocks."""
     settings = Training(dit=dit.SIZES["wan_14b"], rank=512, model="")

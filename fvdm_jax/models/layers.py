@@ -37,7 +37,8 @@ def product(x: Float[Array, "... i"], kernel: Float[Array, "i o"], names: Names)
     """x·kernel in x's dtype, on the mesh that is set; `names` are the kernel's logical axes.
 
     The rows of the kernel come together from the devices that keep them, and its gradient goes back to them
-    in parts: said step by step, since XLA by itself sends whole arrays and sums those of all devices.
+    in parts: said step by step, since XLA by itself sends whole arrays and sums those of all devices. Both go
+    in x's dtype: in bfloat16 the gradients of several devices are added as such, and the sum is then float32.
     """
     kernel = kernel.astype(x.dtype)
     over = jax.sharding.get_abstract_mesh()
