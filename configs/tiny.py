@@ -34,7 +34,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fvdm_jax import levels  # noqa: E402
-from fvdm_jax.checkpoint import Networks, load_tree, restore_tree, save, save_tree  # noqa: E402
+from fvdm_jax.checkpoint import Networks, load, load_tree, restore_tree, save, save_tree  # noqa: E402
 from fvdm_jax.config import Training  # noqa: E402
 from fvdm_jax.data import records, source  # noqa: E402
 from fvdm_jax.data.textures import textures  # noqa: E402
@@ -54,7 +54,7 @@ VAE_SIZES = VAEConfig(
 )
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
-DIT_SIZES = DiTConfig(192, 768, 3, 4, LATENT, LATENT, text_width=128, dtype="float32")
+DIT_SIZES = DiTConfig(192, 768, 3, 8, LATENT, LATENT, text_width=128, dtype="float32")
 FRAMES, SIDE, CLIPS = 33, 64, 6000
 DATA, ENCODED = 4, 20
 """The seed of the clips that are learned from; how many are encoded at once."""
@@ -222,6 +222,15 @@ def statistics(store: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def store_records(clips: int = CLIPS):
     """Writes the stored latents, normalised, with their captions' states, as records."""
+    _store("records", clips, None)
+
+
+def store_pictures(clips: int = CLIPS):
+    """The same of the first frame of each clip alone."""
+    _store("pictures", clips, 1)
+
+
+def _store(folder: str, clips: int, frames: int | None):
     store = np.load(RUNS / "latents.npy", mmap_mode="r")
     mean, spread = statistics(store)
     encoder = load_tree(RUNS / "text.safetensors")["encoder"]
@@ -236,14 +245,31 @@ def store_records(clips: int = CLIPS):
         return np.asarray(read(tokens, mask))[0, : int(mask.sum())]
 
     header = records.Header(LATENT, TEXT_SIZES.width, TEXT_SIZES.length, SAMPLING["fps"], "tiny", {}, {})
-    with records.Writer(RUNS / "records", header) as writer:
-        for i, clip in enumerate(store[:clips]):
+    with records.Writer(RUNS / folder, header) as writer:
+        for i, clip in enumerate(store[:clips, :frames]):
             said = source.caption(scene, i, full=i % 4 > 0)
             if (key := f"{i} {said}") not in writer.done:
                 latents = (clip.astype(np.float32) - mean) / spread
                 record = records.Record(f"clip {i:05}", said, latents.astype(np.float32), states(said))
                 writer.add(record, key)
-    save_tree(RUNS / "records/null.safetensors", {"states": states("")})
+    save_tree(RUNS / folder / "null.safetensors", {"states": states("")})
+
+
+def deepen():
+    """The bundled model with as many layers again, each after one that is there and at first without effect,
+    in RUNS, to begin from: what four layers had learned is not lost to eight.
+    """
+    networks, params = load(ROOT / "fvdm_jax/assets/tiny")
+
+    def twice(path: tuple, layers: np.ndarray) -> np.ndarray:
+        # What a layer adds to the stream is the product of these.
+        silent = {"o", "down"} & {entry.key for entry in path}
+        both = np.stack([layers, np.zeros_like(layers) if silent else layers], axis=1)
+        return both.reshape(-1, *layers.shape[1:])
+
+    params["dit"]["blocks"] = jax.tree_util.tree_map_with_path(twice, params["dit"]["blocks"])
+    deeper = dataclasses.replace(networks.dit, layers=2 * networks.dit.layers)
+    save(RUNS / "deeper", dataclasses.replace(networks, dit=deeper), params, {"sampling": SAMPLING})
 
 
 def begun(key: jax.Array, batch: int, frames: int) -> Levels:
@@ -266,18 +292,26 @@ def curriculum(step):
     return levels.mixture([ptss, *given, told, first], [0.3, 0.1, 0.1, 0.25, 0.25])
 
 
-def config(rule="muon", rate=2e-3, steps=DIT_STEPS, start="", **others) -> Training:
-    """`start` is the folder of a model whose transformer an earlier sitting left; else it begins anew."""
+def of_pictures(step):
+    """One level for a picture, shifted towards noise."""
+    return levels.shifted(levels.scalar, SAMPLING["shift"])
+
+
+def config(rule="muon", rate=2e-3, steps=DIT_STEPS, start="", pictures=False, **others) -> Training:
+    """`start` is the folder of a model whose transformer an earlier sitting left; else it begins anew.
+
+    `pictures`: learn first frames alone, many at once.
+    """
+    sizes = {"data": str(RUNS / "records"), "curriculum": curriculum, "batch": 16, "clip": "9x8x8"}
+    if pictures:
+        sizes = {"data": str(RUNS / "pictures"), "curriculum": of_pictures, "batch": 128, "clip": "1x8x8"}
     tiny = {
         **({"model": start} if start else {"dit": DIT_SIZES, "fresh": True}),
-        "data": str(RUNS / "records"),
-        "curriculum": curriculum,
+        **sizes,
         "optimizer": Optimiser(rule, rate, warmup=steps // 20, steps=steps, schedule="cosine", clip=1.0),
-        "batch": 16,
         "average": 0.998,
         "remat": "none",
         "text": TEXT_SIZES.length,
-        "clip": "9x8x8",
     }
     return Training(steps=steps, **tiny | others)
 
@@ -303,6 +337,8 @@ STAGES = {
     "text": train_text,
     "latents": store_latents,
     "records": store_records,
+    "pictures": store_pictures,
+    "deepen": deepen,
     "pack": pack,
 }
 

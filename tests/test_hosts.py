@@ -1,4 +1,4 @@
-"""What goes wrong only where there are several processes, or devices with a memory of the host's beside theirs."""
+"""What goes wrong only where there are several processes, or memory of the host's beside the devices'."""
 
 import jax
 import numpy as np
