@@ -18,7 +18,8 @@ from fvdm_jax.prompts import fingerprint
 
 EPILOG = """\
 A SOURCE is a .safetensors, .pth or .pt file, an index of shards, the folder of a model as Wan, diffusers or
-ComfyUI have it, or hf:OWNER/REPO. What is in it is told from its contents; several make one model:
+ComfyUI have it, hf:OWNER/REPO, or hf:OWNER/REPO/PATH for one file of it. What is in it is told from its
+contents; several make one model:
 
   python -m convert Wan2.1-T2V-1.3B/ model            everything that the folder has
   python -m convert dit.safetensors vae.pth t5.pth model
@@ -179,7 +180,7 @@ def _local(name: str) -> tuple[Path, str]:
         return Path(name), expert
     from . import hub
 
-    return hub.folder(name.removeprefix("hf:")), expert
+    return hub.place(name.removeprefix("hf:")), expert
 
 
 def _make(out: Path, job, manifest: dict, files: list[Path]) -> None:

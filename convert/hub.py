@@ -4,30 +4,45 @@ from pathlib import Path
 
 from fvdm_jax.program import Refusal
 
-WANTED = ("*.safetensors", "*.pth", "*.json", "google/umt5-xxl/*", "tokenizer/*")
+WANTED = ("*.safetensors", "*.pth", "*.pt", "*.json", "google/umt5-xxl/*", "tokenizer/*")
 
 
-def folder(repository: str) -> Path:
-    """The folder of a repository: what is there already, else downloaded; a broken-off download goes on.
+def place(repository: str) -> Path:
+    """The folder of a repository, or a file of it: what is there already, else downloaded; a broken-off
+    download goes on.
 
-    OWNER/NAME or OWNER/NAME@REVISION. Raises Refusal where it cannot be had, naming what to do.
+    OWNER/NAME, OWNER/NAME@REVISION, or either with /PATH, for one file. Raises Refusal where it cannot be
+    had, naming what to do.
     """
     try:
-        from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as absent:
         raise Refusal(f"hf:{repository}", "needs huggingface_hub", "pip install 'fvdm_jax[hub]'") from absent
-    name, _, revision = repository.partition("@")
-    wanted = {"repo_id": name, "revision": revision or None, "allow_patterns": list(WANTED)}
+    *owner_and_name, path = (*repository.split("/", 2), "", "")[:3]
+    name, _, revision = "/".join(filter(None, owner_and_name)).partition("@")
+    wanted = {"repo_id": name, "revision": revision or None}
+    wanted["allow_patterns"] = [path] if path else list(WANTED)
     try:
-        try:
-            here = Path(snapshot_download(**wanted, local_files_only=True))
-            broken_off = list((here.parent.parent / "blobs").glob("*.incomplete"))
-            return Path(snapshot_download(**wanted)) if broken_off else here
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(**wanted))
+        found = _downloaded(wanted, path)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:
         what = f"cannot be had: {type(failure).__name__}"
         raise Refusal(
             f"hf:{repository}", what, "check the name and the network, or download it by hand"
         ) from failure
+    if not found.exists():
+        raise Refusal(f"hf:{repository}", f"has no file {path}", "give one of those that it lists")
+    return found
+
+
+def _downloaded(wanted: dict, path: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        here = Path(snapshot_download(**wanted, local_files_only=True)) / path
+        broken_off = here.parent.parent.glob("blobs/*.incomplete")
+        if here.exists() if path else not any(broken_off):
+            return here
+    except LocalEntryNotFoundError:
+        pass
+    return Path(snapshot_download(**wanted)) / path

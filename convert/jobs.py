@@ -92,7 +92,9 @@ def _notes(networks: list[plans.Network], copies: dict) -> list[str]:
     found = {network.name: network.family.config for network in networks}
     notes = []
     if "text" in found and not copies:
-        notes.append("note: no tokenizer.json or spiece.model lies there; sampling will need it in OUT")
+        notes.append(
+            "note: no tokenizer lies there: copy google/umt5-xxl/tokenizer.json of Wan's repository into OUT"
+        )
     for name in (name for name in found if name.startswith("dit")):
         if "text" in found and found["text"].width != found[name].text_width:
             widths = f"{found[name].text_width} wide, and text gives {found['text'].width}"

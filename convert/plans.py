@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from fvdm_jax import checkpoint
+from fvdm_jax import checkpoint, presets
 from fvdm_jax.program import Refusal, plain
 
 from . import dialects, families, sources, write
@@ -172,14 +172,14 @@ def _mislabelled(values: np.ndarray) -> bool:
 
 
 SAMPLING = {
-    "prompt": "", "negative": "", "frames": 81, "size": [480, 832], "fps": 16, "process": "flow",
-    "solver": "unipc", "steps": 50, "spacing": "wan", "shift": 5.0, "guidance": 5.0,
+    "prompt": "", "negative": presets.NEGATIVE, "frames": 81, "size": [480, 832], "fps": 16,
+    "process": "flow", "solver": "unipc", "steps": 50, "spacing": "wan", "shift": 5.0, "guidance": 5.0,
 }  # fmt: skip
 OWN = {
     "wan_1_3b": {"shift": 8.0, "guidance": 6.0},
     "wan_5b": {"frames": 121, "size": [704, 1280], "fps": 24},
-    "wan_14b_i2v": {"steps": 40},
-    "wan_14b_flf2v": {"shift": 16.0},
+    "wan_14b_i2v": {"steps": 40, "negative": presets.I2V_NEGATIVE},
+    "wan_14b_flf2v": {"shift": 16.0, "negative": presets.FLF2V_NEGATIVE},
     "wan_a14b_i2v": {"steps": 40, "guidance": 3.5, "boundary": families.BOUNDARIES[True]},
 }
 EXPERTS = {"steps": 40, "shift": 12.0, "guidance": [4.0, 3.0], "boundary": families.BOUNDARIES[False]}

@@ -202,7 +202,7 @@ def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
     lora = []
     for folder, strength, expert in request.lora:
         before = sum(expert == other for *_, other in lora)
-        usual = strengths[min(before, len(strengths) - 1)] if strengths else 1.0
+        usual = strengths[before] if before < len(strengths) else 1.0
         lora.append((folder, usual if strength is None else strength, expert))
     # Wan's own I2V networks take pictures as they are.
     return dataclasses.replace(request, **values, lora=tuple(lora)), 0.0 if model.pictures else kept

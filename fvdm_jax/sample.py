@@ -21,8 +21,7 @@ def main(argv: list[str]) -> None:
     request = parse(argv)
     requests = lines(request)
     if request.preset and not request.decode:
-        told = (f"{name} {getattr(request, name, value)}" for name, value in PRESETS[request.preset].items())
-        print(f"preset {request.preset}:", ", ".join(told))
+        print(f"preset {request.preset}:", ", ".join(_preset(request)))
     if request.explain:
         for one in requests:
             explained(one)
@@ -57,6 +56,17 @@ def main(argv: list[str]) -> None:
                 print("wrote", *one.outputs, one.latents)
 
 
+def _preset(request: Request) -> Iterator[str]:
+    """What a preset's settings are now, those that flags go before among them."""
+    for name, value in PRESETS[request.preset].items():
+        if name == "kept":
+            yield f"kept {value:g} where --keep says nothing"
+        elif name == "strengths":
+            yield from (f"lora {expert and expert + '='}{path} {by:g}" for path, by, expert in request.lora)
+        else:
+            yield f"{name} {getattr(request, name)}"
+
+
 def explained(request: Request) -> None:
     """Draws the noise level of every frame at every step, of the first window of a long video."""
     from fvdm_jax.steps import calls, rows
@@ -77,7 +87,11 @@ def explained(request: Request) -> None:
 
 def tell(request: Request) -> None:
     """Says what is kept of a video and what is not."""
+    from fvdm_jax.steps import guided
+
     print(picture(request.strength))
+    if request.prompt == request.negative and request.guidance not in (1, (1, 1)) and not guided(request):
+        print(f"note: the prompt is the negative one, {request.prompt!r}, and guidance does nothing")
     for note in filter(None, (keep.note for keep in request.keeps if not request.decode)):
         print(note)
     if not any(request.strength):

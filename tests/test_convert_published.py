@@ -95,10 +95,18 @@ def test_the_hub_is_asked_only_for_what_is_not_here(monkeypatch, tmp_path):
         raise LocalEntryNotFoundError("not here")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.folder("a/here@v1") == tmp_path and asked == [("a/here", "v1", True)]
-    assert hub.folder("a/there") == tmp_path and asked[1:] == [
+    assert hub.place("a/here@v1") == tmp_path and asked == [("a/here", "v1", True)]
+    assert hub.place("a/there") == tmp_path and asked[1:] == [
         ("a/there", None, True),
         ("a/there", None, False),
     ]
     with pytest.raises(Refusal, match="hf:a/nowhere: cannot be had"):
-        hub.folder("a/nowhere")
+        hub.place("a/nowhere")
+    asked.clear()
+    with pytest.raises(Refusal, match="hf:a/there/lora/x.safetensors: has no file lora/x.safetensors"):
+        hub.place("a/there/lora/x.safetensors")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "x.safetensors").touch()
+    asked.clear()
+    assert hub.place("a/here@v1/lora/x.safetensors") == tmp_path / "lora" / "x.safetensors"
+    assert asked == [("a/here", "v1", True)]

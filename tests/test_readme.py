@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fvdm_jax import bench, commands, demo, doctor, evaluate, latents, sample, video, zoo
+from fvdm_jax import bench, commands, demo, doctor, evaluate, latents, sample, sharding, video, zoo
 from fvdm_jax import train_request as train
 from fvdm_jax.data import job as precompute
 from fvdm_jax.flags import TINY
@@ -90,7 +91,7 @@ def desk(tmp_path_factory):
     latents.save(
         folder / "image.latents.safetensors", np.zeros((1, 9, 8, 8, 16), np.float32), request.settings
     )
-    for name in "pusa lora style light_high pusa_high light_low pusa_low".split():
+    for name in "pusa lora style light light_high pusa_high light_low pusa_low".split():
         (folder / name / "adapters").mkdir(parents=True)
     for name in "wan wan21 wan21_pusa wan21_i2v wan21_flf2v wan22 ti2v_5b wan21_14b shared/wan21_14b".split():
         modelled(folder / name)
@@ -122,7 +123,12 @@ def sampled(argv: list[str]) -> None:
 def trained(argv: list[str]) -> None:
     # What is exported must not be there yet, though another command takes it.
     before = ["", *argv]
-    train.parse([f"new_{word}" if before[i] == "--export" else word for i, word in enumerate(argv)])
+    asked = train.parse([f"new_{word}" if before[i] == "--export" else word for i, word in enumerate(argv)])
+    # On as many devices as its mesh names, the batch has to divide.
+    settings = asked.settings
+    devices = math.prod(int(part.partition("=")[2]) for part in settings.mesh.split(",") if part)
+    over = sharding.sizes(settings.mesh, devices)
+    assert settings.batch % (over["data"] * over["fsdp"] * settings.parts) == 0, argv
 
 
 def converted(argv: list[str]) -> None:
