@@ -11,11 +11,11 @@ import pytest
 import small
 from flax.traverse_util import flatten_dict
 
-from fvdm_jax import checkpoint, lora, programs, sampling, video
+from fvdm_jax import checkpoint, lora, programs, sample, sampling, video
 from fvdm_jax.checkpoint import load_tree, save_tree
 from fvdm_jax.commands import lines, parse
 from fvdm_jax.models.clip import CLIPConfig
-from fvdm_jax.program import Refusal
+from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
 from fvdm_jax.steps import rows
 from fvdm_jax.studio import Studio
@@ -244,3 +244,23 @@ def test_a_preset_sets_what_no_flag_says(here, model, experts):
         ["--model", str(model), "--preset", "pusa-wan21", "--keep", "0=a.png", "--keep", "2=b.png:0"]
     )
     assert kept.strength == [0.2, 1.0, 0.0]
+
+
+def test_what_a_preset_comes_to_is_printed(here, model, capsys):
+    """The strengths that LoRAs have, also where a flag gave them; one that the preset knows not has 1."""
+    for name in ("light", "pusa", "style"):
+        (here / name / "adapters").mkdir(parents=True)
+    loras = ["--lora", "light:0.7", "--lora", "pusa", "--lora", "style"]
+    flags = ["--model", str(model), "--preset", "pusa-wan21-lightning", "--fps", "12", *loras, "--explain"]
+    assert run(sample.main, flags) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert "lora light 0.7, lora pusa 1.4, lora style 1" in told and "fps 12" in told
+    assert "kept 0.2 where --keep says nothing" in told and "negative Bright tones" in told
+
+
+@pytest.mark.parametrize(
+    "flags, told", [(["", "--guidance", "2"], True), (["a", "--guidance", "2"], False), ([""], False)]
+)
+def test_a_prompt_that_is_the_negative_one_is_told_of(model, capsys, flags, told):
+    sample.tell(parse(["--model", str(model), "--guidance", "1", "--negative", "", "--prompt", *flags]))
+    assert ("is the negative one, '', and guidance does nothing" in capsys.readouterr().out) == told
