@@ -69,7 +69,7 @@ KL = 3e-5
 SAMPLING = {
     "prompt": "a large yellow circle moves right and bounces on a cloudy navy background", "negative": "",
     "frames": FRAMES, "size": [SIDE, SIDE], "fps": 12,
-    "process": "flow", "solver": "unipc", "steps": 10, "spacing": "wan", "shift": 3.0, "guidance": 1.5,
+    "process": "flow", "solver": "unipc", "steps": 10, "spacing": "wan", "shift": 3.0, "guidance": 2.5,
     # The first frame that is generated first, and the others by it: twice the calls.
     "schedule": f"autoregressive:block={FRAMES // 4},first=1",
 }  # fmt: skip
