@@ -191,11 +191,15 @@ def tiny():
 
 @pytest.mark.thorough
 def test_on_the_bundled_model_it_is_nearer_than_as_many_steps_and_nearer_the_less_it_spares(tiny):
-    full, _ = tiny(20, None)
+    """Nearer to where steps lead that are many, 100; off from the 20 that it spares by 0.08 with 12 calls."""
+    full, solution = tiny(20, None)[0], tiny(100, None)[0]
     assert np.array_equal(tiny(20, 0.0)[0], full)
     found = []
-    for threshold, most, bound in ((0.1, 16, 0.04), (0.2, 12, 0.08), (0.4, 10, np.inf)):
+    for threshold, most in ((0.1, 16), (0.2, 12), (0.4, 10)):
         clips, calls = tiny(20, threshold)
-        found.append((calls, far(clips, full), far(tiny(calls, None)[0], full)))
-        assert calls <= most and found[-1][1] < min(bound, found[-1][2]), (threshold, found)
-    assert found == sorted(found, key=lambda one: (-one[0], one[1]))
+        plain = far(tiny(calls, None)[0], solution)
+        found.append((calls, far(clips, full), far(clips, solution), plain))
+        assert calls <= most and found[-1][2] < plain, (threshold, found)
+    assert found[1][1] < 0.08
+    for falling in zip(*found, strict=True):
+        assert list(falling) in (sorted(falling), sorted(falling, reverse=True)), found
