@@ -3,7 +3,8 @@
     python configs/tiny.py vae        # pixels ↔ latents, of textures and moving shapes
     python configs/tiny.py text       # captions → states from which every word of them can be read
     python configs/tiny.py latents    # a store of encoded clips
-    python configs/tiny.py records    # the same with their captions' states, as records
+    python configs/tiny.py records    # the same with their captions' states, as records; `pictures`: first frames
+    python configs/tiny.py deepen     # the bundled transformer with twice the layers, to go on from with --start
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit --export runs/tiny/model
     python configs/tiny.py pack       # the folder that the package carries
@@ -55,7 +56,7 @@ VAE_SIZES = VAEConfig(
 
 TEXT_SIZES = TextConfig(VOCABULARY, 128, 4, 32, 256, 3, length=128, dtype="float32")
 DIT_SIZES = DiTConfig(192, 768, 3, 8, LATENT, LATENT, text_width=128, dtype="float32")
-FRAMES, SIDE, CLIPS = 33, 64, 6000
+FRAMES, SIDE, CLIPS = 33, 64, 24000
 DATA, ENCODED = 4, 20
 """The seed of the clips that are learned from; how many are encoded at once."""
 
