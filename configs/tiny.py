@@ -3,8 +3,8 @@
     python configs/tiny.py vae        # pixels ↔ latents, of textures and moving shapes
     python configs/tiny.py text       # captions → states from which every word of them can be read
     python configs/tiny.py latents    # a store of encoded clips
-    python configs/tiny.py records    # the same with their captions' states, as records; `pictures`: first frames
-    python configs/tiny.py deepen     # the bundled transformer with twice the layers, to go on from with --start
+    python configs/tiny.py records    # the same with captions' states, as records; `pictures`: first frames
+    python configs/tiny.py deepen     # the bundled transformer with twice the layers, for --start
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit --export runs/tiny/model
     python configs/tiny.py pack       # the folder that the package carries
