@@ -113,5 +113,10 @@ def test_ctrl_c_in_the_midst_leaves_nothing(tmp_path, source, monkeypatch):
 
     monkeypatch.setattr(write, "tree", stopped)
     before = sorted(tmp_path.rglob("*"))
-    assert run(main, [str(source), str(tmp_path / "out")]) == 130
+    # A shell that starts tests in the background has them ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run(main, [str(source), str(tmp_path / "out")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert sorted(tmp_path.rglob("*")) == before
