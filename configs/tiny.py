@@ -258,7 +258,8 @@ def _store(folder: str, clips: int, frames: int | None):
 
 def deepen():
     """The bundled model with as many layers again, each after one that is there and at first without effect,
-    in RUNS, to begin from: what four layers had learned is not lost to eight.
+    in RUNS, to begin from: what it had learned is not lost. DIT_SIZES has to be doubled with it, as it was
+    when eight layers were made of four.
     """
     networks, params = load(ROOT / "fvdm_jax/assets/tiny")
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fvdm_jax import machine
 from fvdm_jax.program import Refusal
 
 WANTED = ("*.safetensors", "*.pth", "*.pt", "*.json", "google/umt5-xxl/*", "tokenizer/*")
@@ -11,8 +12,8 @@ def place(repository: str) -> Path:
     """The folder of a repository, or a file of it: what is there already, else downloaded; a broken-off
     download goes on.
 
-    OWNER/NAME, OWNER/NAME@REVISION, or either with /PATH, for one file. Raises Refusal where it cannot be
-    had, naming what to do.
+    OWNER/NAME, OWNER/NAME@REVISION (a name without a slash), or either with /PATH, for one file. Raises
+    Refusal where it cannot be had, naming what to do.
     """
     try:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -22,6 +23,9 @@ def place(repository: str) -> Path:
     name, _, revision = "/".join(filter(None, owner_and_name)).partition("@")
     wanted = {"repo_id": name, "revision": revision or None}
     wanted["allow_patterns"] = [path] if path else list(WANTED)
+    if path:
+        # Apart, since the library cannot tell a repository of which one file is there from a whole one.
+        wanted["cache_dir"] = machine.cache("hub")
     try:
         found = _downloaded(wanted, path)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as failure:

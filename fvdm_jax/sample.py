@@ -63,7 +63,7 @@ def _preset(request: Request) -> Iterator[str]:
             yield f"kept {value:g} where --keep says nothing"
         elif name == "strengths":
             yield from (f"lora {expert and expert + '='}{path} {by:g}" for path, by, expert in request.lora)
-        else:
+        elif getattr(request, name) is not None:
             yield f"{name} {getattr(request, name)}"
 
 

@@ -106,10 +106,11 @@ class Checkpoints:
 
     def _check_room(self, tree: dict) -> None:
         needed = size(tree)
-        room = 0
-        # A place that cannot be asked has none, and the others are told.
-        with contextlib.suppress(OSError):
+        try:
             room = shutil.disk_usage(self._folder).free
+        except OSError:
+            # A place that cannot be asked has none, and the others are told.
+            room = 0
         if most(int(needed > room)):
             raise OSError(f"it takes {needed / 2**20:,.1f} MiB, and {room / 2**20:,.1f} MiB are free")
 
@@ -133,7 +134,8 @@ class Checkpoints:
         last = self._manager.latest_step()
         good = "no checkpoint is there" if last is None else f"the last good one is of step {last}"
         why = _first_line(failure) if failure else "another process could not"
-        what = f"the checkpoint of step {self._writing} cannot be written: {why}"
+        lacks = "has no hashes" if last == self._writing else "cannot be written"
+        what = f"the checkpoint of step {self._writing} {lacks}: {why}"
         self._writing = None
         if self._failed >= PATIENCE:
             raise Refusal(self._folder, what, f"free some space; {good}") from failure

@@ -114,9 +114,10 @@ class Run(NamedTuple):
         Where such steps are let pass, the state has gone on by the one that was under way.
         """
         step, folder = int(state.step), self.asked.flags.out / ASIDE / f"step_{wrong.step}"
-        with contextlib.suppress(Refusal, OSError), contextlib.ExitStack() as closing:
-            # Two that save at a time would meet each other's processes.
+        # Two that save at a time would meet each other's processes.
+        with contextlib.suppress(Refusal):
             self.checkpoints.settle()
+        with contextlib.suppress(Refusal, OSError), contextlib.ExitStack() as closing:
             folder.mkdir(parents=True, exist_ok=True)
             apart = saving.Checkpoints(folder, self.asked.settings, tell=meter.say)
             closing.callback(apart.close)

@@ -41,8 +41,8 @@ def test_a_plain_image_stays_plain_to_its_border(before):
 
 
 def test_tokens_are_wans():
-    # Measured on two processors: 4.3e-6 and 5.1e-6 from Wan's pixels, 5.0e-6 and 5.2e-6 from ours, and of their
-    # length 8.6e-7; the tokens reach 5.3, and in float64 they lie 3.0e-6 from ours and 3.5e-6 from Wan's.
+    # Measured on two processors: 4.3e-6 and 5.1e-6 from Wan's pixels, 5.0e-6 and 5.2e-6 from ours, 8.6e-7 of
+    # their length; the tokens reach 5.3, and in float64 they lie 3.0e-6 from ours and 3.5e-6 from Wan's.
     for pixels in (PIXELS, preprocess(IMAGE, CONFIG.image)):
         tokens, wans = encode(pixels), GOLDEN["out/tokens"]
         np.testing.assert_allclose(tokens, wans, rtol=0, atol=1e-5)

@@ -158,7 +158,7 @@ def test_parts_of_two_models_are_told_of_and_not_sampled(tmp_path, capsys):
     paths = [put(tmp_path / name, weights(name)) for name in ("dit_t2v", "umt5", "vae22")]
     convert(*paths, tmp_path / "out")
     said = capsys.readouterr().out
-    assert "of two models" in said and "no tokenizer.json" in said
+    assert "of two models" in said and "no tokenizer lies there" in said
     with pytest.raises(Refusal, match="of two models"):
         defaults(tmp_path / "out")
     convert(put(tmp_path / "i2v", weights("dit_i2v")), *paths[1:], tmp_path / "other")

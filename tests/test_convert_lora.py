@@ -126,12 +126,12 @@ def test_the_sampler_runs_with_adapters(tmp_path):
     from fvdm_jax.commands import parse
     from fvdm_jax.sample import main
 
-    rng = np.random.default_rng(0)
+    rng, sizes = np.random.default_rng(0), checkpoint.describe(TINY).dit
     down = {
-        f"blocks.{i}.self_attn.q.lora_A.weight": rng.normal(size=(4, 192)).astype(np.float32)
-        for i in range(4)
+        f"blocks.{i}.self_attn.q.lora_A.weight": rng.normal(size=(4, sizes.width)).astype(np.float32)
+        for i in range(sizes.layers)
     }
-    up = {key.replace("_A", "_B"): rng.normal(size=(192, 4)).astype(np.float32) for key in down}
+    up = {key.replace("_A", "_B"): rng.normal(size=(sizes.width, 4)).astype(np.float32) for key in down}
     save_file(down | up, tmp_path / "lora.safetensors")
     convert(tmp_path / "lora.safetensors", tmp_path / "adapters")
     pictures = {}

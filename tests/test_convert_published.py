@@ -88,7 +88,9 @@ def test_the_hub_is_asked_only_for_what_is_not_here(monkeypatch, tmp_path):
 
     asked = []
 
-    def download(repo_id, revision, allow_patterns, local_files_only=False):
+    def download(repo_id, revision, allow_patterns, local_files_only=False, cache_dir=None):
+        # One file is kept apart from whole repositories.
+        assert (cache_dir is not None) == (len(allow_patterns) == 1)
         asked.append((repo_id, revision, local_files_only))
         if repo_id == "a/here" or not local_files_only and repo_id == "a/there":
             return str(tmp_path)

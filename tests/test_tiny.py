@@ -110,9 +110,9 @@ def told(generate, world):
     return [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(clips)]
 
 
-@pytest.mark.parametrize(("word", "least"), [("tone", 7), ("colour", 5), ("direction", 6)])
+@pytest.mark.parametrize(("word", "least"), [("tone", 7), ("colour", 7), ("direction", 6)])
 def test_videos_follow_their_prompts(told, word, least):
-    """Measured 8, 7 and 7 of 8; of 96 others colour 93 %, direction 71 %."""
+    """Measured 8, 8 and 7 of 8; of 256 others colour 99 %, direction 84 %."""
     assert sum(getattr(verdict, word) for verdict in told) >= least
 
 
@@ -126,9 +126,9 @@ def test_a_kept_image_begins_the_video_bit_for_bit(generate, model, world):
     # What follows belongs to it: the background of the last frame is that of the first.
     corners = np.abs(made[:, -1, :4, :4] - made[:, 0, :4, :4]).mean((1, 2, 3))
     assert np.median(corners) < 0.15
-    # And goes where the prompt says: 6 of these, 88 % of 64 others (`python -m fvdm_jax.evaluate`).
+    # And goes where the prompt says: 8 of these, 89 % of 64 others (`python -m fvdm_jax.evaluate`).
     verdicts = [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(made)]
-    assert sum(verdict.direction for verdict in verdicts) >= 4, verdicts
+    assert sum(verdict.direction for verdict in verdicts) >= 6, verdicts
 
 
 @pytest.mark.thorough
