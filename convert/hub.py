@@ -19,8 +19,9 @@ def place(repository: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as absent:
         raise Refusal(f"hf:{repository}", "needs huggingface_hub", "pip install 'fvdm_jax[hub]'") from absent
-    *owner_and_name, path = (*repository.split("/", 2), "", "")[:3]
-    name, _, revision = "/".join(filter(None, owner_and_name)).partition("@")
+    parts = repository.split("/", 2)
+    path = parts.pop() if len(parts) > 2 else ""
+    name, _, revision = "/".join(parts).partition("@")
     wanted = {"repo_id": name, "revision": revision or None}
     wanted["allow_patterns"] = [path] if path else list(WANTED)
     if path:

@@ -97,6 +97,17 @@ class Request:
         return self.length is not None and self.schedule.partition(":")[0] == "rolling"
 
     @property
+    def guides(self) -> bool:
+        """Whether a weight of guidance is asked for."""
+        return self.guidance not in (1, (1, 1))
+
+    @property
+    def guided(self) -> bool:
+        """Whether the network is asked of the prompt and of the negative one."""
+        told = self.segments or (self.prompt,)
+        return self.guides and any(prompt != self.negative for prompt in told)
+
+    @property
     def given(self) -> int:
         """How many latent frames are kept as they are."""
         return self.strength.count(0.0)

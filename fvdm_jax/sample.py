@@ -87,11 +87,9 @@ def explained(request: Request) -> None:
 
 def tell(request: Request) -> None:
     """Says what is kept of a video and what is not."""
-    from fvdm_jax.steps import guided
-
     print(picture(request.strength))
-    if request.prompt == request.negative and request.guidance not in (1, (1, 1)) and not guided(request):
-        print(f"note: the prompt is the negative one, {request.prompt!r}, and guidance does nothing")
+    if request.guides and not request.guided:
+        print(f"note: the prompt is the negative one, {request.negative!r}, and guidance does nothing")
     for note in filter(None, (keep.note for keep in request.keeps if not request.decode)):
         print(note)
     if not any(request.strength):

@@ -18,7 +18,6 @@ from fvdm_jax.progress import Stages
 from fvdm_jax.projector import Projector
 from fvdm_jax.request import Request, validate
 from fvdm_jax.shapes import Latents
-from fvdm_jax.steps import guided
 from fvdm_jax.studio import Studio
 
 Kept = str | os.PathLike | tuple[str | os.PathLike, float]
@@ -109,7 +108,7 @@ class Session:
             r.size,
             r.solver,
             r.process,
-            guided(r),
+            r.guided,
             windows,
             r.mesh,
             r.attention,

@@ -35,12 +35,6 @@ def calls(request: Request) -> list[int]:
     return [first] + [len(later) - 1] * (request.windows - 1)
 
 
-def guided(request: Request) -> bool:
-    """Whether the network is asked of the prompt and of the negative one."""
-    told = request.segments or (request.prompt,)
-    return request.guidance not in (1, (1, 1)) and any(prompt != request.negative for prompt in told)
-
-
 def weights(request: Request, expert: int) -> Weights:
     """How strongly an expert is made to listen, float32."""
     text = request.guidance[expert] if isinstance(request.guidance, tuple) else request.guidance

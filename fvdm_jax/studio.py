@@ -22,7 +22,7 @@ from fvdm_jax.request import Request
 from fvdm_jax.samplers import SAMPLERS
 from fvdm_jax.schedule import SPACINGS
 from fvdm_jax.shapes import Latents, Schedule
-from fvdm_jax.steps import abreast, calls, guided, high, key, rows, weights
+from fvdm_jax.steps import abreast, calls, high, key, rows, weights
 from fvdm_jax.tasks import Task, text_to_video
 
 Look = Callable[[Latents, Latents, Schedule], None]
@@ -67,7 +67,9 @@ class Studio:
             height, width = (side // self.networks.vae.spatial for side in request.size)
             self._shape = (1, request.latent_frames, height, width, self.networks.vae.latent)
             network = lora.Network(config, attending=Attending(request.attention))
-            looks = Looks(any(map(guided, requests)), request.history_windows if request.history != 1 else 0)
+            looks = Looks(
+                any(one.guided for one in requests), request.history_windows if request.history != 1 else 0
+            )
             self._layout = sampling.layout(request.mesh, network, self._shape[1:4], looks.count, many)
             self._over = self._layout.over
         said = [f"attention by {self._layout.attention}"]
