@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fvdm_jax import presence, program
+from fvdm_jax.goodput import Ledger
 from fvdm_jax.program import Refusal
 from fvdm_jax.stopping import deferred
 from fvdm_jax.train_request import Asked, parse
@@ -16,6 +17,7 @@ ASK, SOON = 10, 1.0
 
 def main(argv: list[str]) -> int:
     """Trains what `argv` asks for. Returns 130 or 143 where it was stopped, 1 where a replay differs."""
+    ledger = Ledger()
     presence.glance(argv)
     asked = parse(argv)
     join(asked.flags)
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> int:
 
     with deferred() as stopped, contextlib.ExitStack() as closing:
         place = closing.enter_context(placed(asked.flags))
-        code = train(begin(asked, made, feed, place, closing), stopped)
+        code = train(begin(asked, made, feed, place, ledger, closing), stopped)
     part()
     return code
 

@@ -155,10 +155,9 @@ def loaded(asked, made, begins: bool) -> tuple[dict, dict | None]:
     return (made.invented(), None) if invent else made.load()
 
 
-def begin(asked, made, feed, place: presence.Presence, closing: contextlib.ExitStack) -> Run:
+def begin(asked, made, feed, place: presence.Presence, ledger: Ledger, closing: contextlib.ExitStack) -> Run:
     """The run in its folder: from where it stopped if it has, else from the start."""
     settings, out, first = asked.settings, asked.flags.out, jax.process_index() == 0
-    ledger = Ledger()
     notes = runs.check(out, settings, asked.options, tuple(asked.flags.allow_change))
     tell = print if first else (lambda line: None)
     checkpoints = saving.Checkpoints(out, settings, tell=tell)

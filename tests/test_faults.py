@@ -108,8 +108,8 @@ def test_the_ledger_adds_up_to_the_time_on_the_clock(whole):
     out, seconds = whole
     told = goodput.goodput(out)
     spent = sum(told[what] for what in told if what not in ("goodput", "lost"))
-    # Building shapes and looking at flags comes before the ledger begins; both are slow where the machine is.
-    assert 0 <= seconds - spent < 0.1 * seconds
+    # It begins with the program and ends with the last checkpoint; what remains is closing it.
+    assert 0 <= seconds - spent < 0.05 * seconds
     assert {"start", "data", "compile", "step", "save", "evaluation"} <= told.keys()
     assert 0 < told["goodput"] < 1 and told["lost"] == 0 and not incidents(out)
 
