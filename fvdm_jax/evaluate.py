@@ -12,6 +12,8 @@ from fvdm_jax import machine, rules
 from fvdm_jax.defaults import defaults
 from fvdm_jax.evaluating.cases import TASKS, check
 from fvdm_jax.evaluating.vbench import Export, Pair, collected, pairs
+from fvdm_jax.flags import lora
+from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Parser, Refusal, check_output, leave, legible, number, outputs, plain, run, whole
 from fvdm_jax.progress import Stages
 from fvdm_jax.request import TINY, Request, validate
@@ -72,6 +74,8 @@ def parser() -> Parser:
     add("--images", type=Path, metavar="FOLDER", help="images named PROMPT.jpg, or those of --prompts")
     add("--prompts", type=Path, metavar="FILE", help="which image has which prompt: JSON, or a TSV")
     add("--samples", type=whole, default=5, metavar="N", help="videos of each prompt (default 5)")
+    add("--preset", default="", choices=PRESETS, help="of an export, as of fvdm_jax.sample")
+    add("--lora", type=lora, action="append", default=[], metavar="DIR[:STRENGTH]", help="the same")
     add("--collect", type=Path, metavar="FOLDER", help="read VBench's results there instead")
     return flags
 
@@ -110,6 +114,9 @@ def _check_mode(given) -> None:
         raise Refusal(
             "--dtype", "goes with no --export", "leave it out: videos are made as by fvdm_jax.sample"
         )
+    if not given.export and (given.preset or given.lora):
+        right = f"add --export {FORMATS[0]}, or merge the LoRA into the model with python -m convert"
+        raise Refusal("--preset, --lora", "go with --export", right)
     if given.export and not (given.images or given.prompts):
         raise Refusal("--export", "needs images", "give --images FOLDER, --prompts FILE, or both")
     if not given.export and (given.images or given.prompts):
@@ -129,7 +136,7 @@ def _request(given) -> Request:
     asked = Request(
         prompt="", model=given.model, steps=given.steps, solver=given.solver, shift=given.shift,
         guidance=given.guidance, seed=given.seed, explain=True,
-        schedule=given.schedule, history=given.history,
+        schedule=given.schedule, history=given.history, preset=given.preset, lora=tuple(given.lora),
     )  # fmt: skip
     model = defaults(given.model)
     request = validate(asked, model, base=True)

@@ -123,7 +123,7 @@ def _made(add: Callable) -> None:
     add("--model", type=Path, metavar="DIR", help="folder of a model; default the bundled one")
     add(
         "--lora",
-        type=_lora,
+        type=lora,
         action="append",
         default=[],
         metavar="[high=|low=]DIR[:STRENGTH]",
@@ -167,7 +167,8 @@ def _bundled() -> str:
     return f"\nSettings of the bundled model where no flag says otherwise: {shown}.\n"
 
 
-def _lora(text: str) -> tuple[str, float | None, str]:
+def lora(text: str) -> tuple[str, float | None, str]:
+    """Folder, strength if it is told, and expert, "" for each, of a LoRA; for `type=` of an argument."""
     expert, equals, rest = text.partition("=")
     expert, rest = (expert, rest) if equals and expert in ("high", "low") else ("", text)
     folder, strength = numbered(rest, None)

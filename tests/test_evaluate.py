@@ -26,6 +26,7 @@ REFUSED = {
     "batches": (["--clips", "10", "--batch", "4"], "--clips: 10 do not divide"),
     "no images": (["--export", "vbench-i2v"], "--export: needs images"),
     "no export": (["--images", "pictures"], "go with --export"),
+    "a preset": (["--preset", "pusa-wan21"], "--preset, --lora: go with --export"),
     "too long": (["--export", "vbench-i2v", "--prompts", "long.json"], "at most 255"),
     "slash": (["--export", "vbench-i2v", "--prompts", "slash.json"], "no file can be named"),
     "no results": (["--collect", "pictures"], "holds no *_eval_results.json"),
@@ -201,6 +202,13 @@ def test_a_video_of_an_export_is_a_sample(model, images, tmp_path, monkeypatch):
         assert (out / "videos" / name).read_bytes() == b"video" and name == f"{request.prompt}-0.mp4"
         assert request.seed == one["seed"] and request.strength == [0, 1, 1]
         assert str(request.keeps[0].path) == one["image"] == str(images / f"{request.prompt}.png")
+    # By a preset as by a flag: Pusa keeps its image at 0.2, and gives its own LoRA 1.4.
+    (tmp_path / "lora" / "adapters").mkdir(parents=True)
+    argv += ["--preset", "pusa-wan21", "--lora", str(tmp_path / "lora"), "--out", str(tmp_path / "pusa")]
+    assert run_program(evaluate.main, [*map(str, argv)]) == 0
+    assert all(request.strength == [0.2, 1, 1] and request.spacing == "pusa" for request in asked[2:])
+    assert all(request.steps == 4 and request.guidance == 3 for request in asked[2:])
+    assert [request.lora for request in asked[2:]] == [((str(tmp_path / "lora"), 1.4, ""),)] * 2
 
 
 @pytest.mark.parametrize(
