@@ -131,7 +131,8 @@ def _statistics(part: Part, name: str, published: tuple[float, ...], channels: i
 def _dit(part: Part, tensors: dict) -> tuple:
     whose = "diffusers" if "proj_out.weight" in tensors else "official"
     if whose == "diffusers":
-        tensors = {_official(key): tensor for key, tensor in tensors.items()}
+        # An unknown key stays as it is, to be named as without a rule.
+        tensors = {names.official(key, key): tensor for key, tensor in tensors.items()}
     width = tensors["head.modulation"].shape[-1]
     image, positions = tensors.get("img_emb.proj.0.bias"), tensors.get("img_emb.emb_pos")
     heads = _count(part, "num_heads", _count(part, "num_attention_heads", None))
@@ -156,14 +157,6 @@ def _dit(part: Part, tensors: dict) -> tuple:
         what = f"has {config.layers} layers, and a network of this kind has {wanted}"
         raise Refusal(part.path, what, "copy it again, or give its config.json with --config")
     return config, whose, tensors
-
-
-def _official(key: str) -> str:
-    """The official key of diffusers' key; an unknown one as it is, to be named as without a rule."""
-    try:
-        return names.official(key)
-    except KeyError:
-        return key
 
 
 def _published_layers(config: dit.DiTConfig) -> int:

@@ -90,7 +90,7 @@ def _found(tensors: dict[str, Tensor], spoken: Dialect, places: dict[str, _Place
         name = key.removeprefix(spoken.prefix).removesuffix(ending)
         module = flat.get(name.replace(".", "_"), "") if spoken.spelling == "flat" else name
         if spoken.spelling == "diffusers" or spoken.spelling == "either" and f"{name}.weight" not in places:
-            module = _official(name)
+            module = names.official(name, "")
         place = places.get(f"{module}{DIFFERENCES.get(ending, '.weight')}")
         if place is None or ending not in DIFFERENCES and not place.rule.target.endswith("/kernel"):
             refuse(tensors, key, "adapts what the network does not have", "is it of another network?")
@@ -105,14 +105,6 @@ def _found(tensors: dict[str, Tensor], spoken: Dialect, places: dict[str, _Place
             refuse(tensors, key, f"changes the same as {kept[name]}", "one of them is too many")
         kept[name] = key
     return found
-
-
-def _official(module: str) -> str:
-    """The official name of a module of diffusers; empty where it has none."""
-    try:
-        return names.official(module)
-    except KeyError:
-        return ""
 
 
 class _Array(NamedTuple):

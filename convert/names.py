@@ -1,4 +1,4 @@
-"""The transformer's modules under Wan's official names and under those of diffusers.
+"""Modules under Wan's official names and under those of diffusers and transformers.
 
 Shapes are the same under both, so that a checkpoint or an adapter is renamed and not changed.
 Source: diffusers scripts/convert_wan_to_diffusers.py, against the published files' keys.
@@ -49,9 +49,17 @@ _TO_DIFFUSERS = dict(DIFFUSERS_DIT)
 _TO_OFFICIAL = {theirs: ours for ours, theirs in DIFFUSERS_DIT}
 
 
-def official(key: str) -> str:
-    """The official key of diffusers' module or parameter. Raises KeyError for a key that it has not."""
-    return _renamed(key, _TO_OFFICIAL)
+def official(key: str, otherwise: str | None = None) -> str:
+    """The official key of diffusers' module or parameter.
+
+    For a key that it has not `otherwise`, and without that KeyError.
+    """
+    try:
+        return _renamed(key, _TO_OFFICIAL)
+    except KeyError:
+        if otherwise is None:
+            raise
+        return otherwise
 
 
 def diffusers(key: str) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
-import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -20,7 +19,6 @@ from .sources import Part, Source
 from .table import plan
 from .tensors import Planned
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 BLOCK = 1 << 22
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -105,7 +103,7 @@ def _check_shapes(path: Path, family: families.Family, arrays: list[Planned]) ->
 
 def cast(array: Planned, dtype: str) -> Planned:
     """The array with elements of another type, rounded once; when it is read overflow is refused."""
-    kind = np.dtype(DTYPES.get(dtype, dtype))
+    kind = np.dtype(dtype)
     if array.dtype == kind:
         return array
 
@@ -171,27 +169,25 @@ def _mislabelled(values: np.ndarray) -> bool:
     return bool(np.mean((some >= 0.25) & (some < 2)) > 0.95)
 
 
-SAMPLING = {
-    "prompt": "", "negative": presets.NEGATIVE, "frames": 81, "size": [480, 832], "fps": 16,
-    "process": "flow", "solver": "unipc", "steps": 50, "spacing": "wan", "shift": 5.0, "guidance": 5.0,
-}  # fmt: skip
+SIZE = {"prompt": "", "frames": 81, "size": [480, 832]}
 OWN = {
-    "wan_1_3b": {"shift": 8.0, "guidance": 6.0},
-    "wan_5b": {"frames": 121, "size": [704, 1280], "fps": 24},
-    "wan_14b_i2v": {"steps": 40, "negative": presets.I2V_NEGATIVE},
-    "wan_14b_flf2v": {"shift": 16.0, "negative": presets.FLF2V_NEGATIVE},
-    "wan_a14b_i2v": {"steps": 40, "guidance": 3.5, "boundary": families.BOUNDARIES[True]},
+    "wan_1_3b": ("wan-t2v", {"shift": 8.0, "guidance": 6.0}),
+    "wan_5b": ("ti2v-5b", {"frames": 121, "size": [704, 1280]}),
+    "wan_14b_i2v": ("wan-i2v", {}),
+    "wan_14b_flf2v": ("wan-flf2v", {}),
+    "wan_a14b_i2v": ("wan22-i2v", {}),
 }
-EXPERTS = {"steps": 40, "shift": 12.0, "guidance": [4.0, 3.0], "boundary": families.BOUNDARIES[False]}
-"""How the published models are sampled by their authors, and T2V-A14B: Wan's generate.py and READMEs."""
+"""How the published models are sampled by their authors: a preset, and what is theirs beside it."""
 
 
 def config(networks: list[Network]) -> dict:
     """What `config.json` says: the config of each network, and how the model is sampled by default."""
     said = {n.name: dataclasses.asdict(n.family.config) for n in networks}
     family = next((n.family.name for n in networks if n.family.part == "dit"), "")
-    experts = EXPERTS if {"dit_high", "dit_low"} & said.keys() else {}
-    return said | {"sampling": SAMPLING | experts | OWN.get(family, {})}
+    usual = "wan22-t2v" if {"dit_high", "dit_low"} & said.keys() else "wan-t2v"
+    preset, own = OWN.get(family, (usual, {}))
+    sampling = SIZE | presets.PRESETS[preset] | own
+    return said | {"sampling": {name: value for name, value in sampling.items() if name != "schedule"}}
 
 
 def _size(part: str, fields: dict):

@@ -60,7 +60,7 @@ MOST_ANIMATED = 10**9
 def probe(path: str | os.PathLike) -> Media:
     """What the file at `path` holds; an image is decoded, of a clip only read when frames are shown.
 
-    Raises Refusal, named `path`, for anything that `read` could not use.
+    Raises Refusal, named `path`, for anything that `pictures` could not use.
     """
     kind, form = _sniff(path)
     with _refusing(path):

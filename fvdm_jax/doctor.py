@@ -7,10 +7,10 @@ import textwrap
 from pathlib import Path
 
 from fvdm_jax import machine
+from fvdm_jax.chips import GIB
 from fvdm_jax.program import Parser, leave, run
 
 DESCRIPTION = "Says what this machine has, what it can run, and what is missing."
-GIB = 2**30
 CLIP, SMALLER = (21, 60, 104), (21, 30, 52)
 """Of 81 frames at 480×832, in latents: f, h, w; and of those of Wan2.2's 5B, which has a VAE of its own."""
 

@@ -21,13 +21,6 @@ def free(device) -> float:
     return float("inf")
 
 
-def device() -> str:
-    """What kind of device computes."""
-    import jax
-
-    return jax.devices()[0].device_kind
-
-
 def cache(kind: str) -> Path | None:
     """The folder of this user's cache for things of a kind; a user without a home has none."""
     with contextlib.suppress(RuntimeError):
@@ -74,7 +67,7 @@ def versions() -> dict[str, str]:
     """The versions of this library, of Python, and of what results may depend on."""
     from importlib.metadata import version
 
-    packages = ("jax", "jaxlib", "flax", "numpy", "av", "ftfy", "sentencepiece", "tokenizers")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "av", "ftfy", "sentencepiece", "tokenizers")
     ours = {"fvdm_jax": fvdm_jax.__version__, "python": platform.python_version()}
     return ours | {name: version(name) for name in packages}
 

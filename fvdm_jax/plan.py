@@ -14,17 +14,17 @@ GB = 1e9
 def main(argv: list[str]) -> int:
     """Plans what `argv` asks for."""
     prepare()
-    asked = parse(argv)
+    asked, place = parse(argv)
     from fvdm_jax import train
     from fvdm_jax.planning import programs
 
     flags, settings = asked.flags, asked.settings
     network = train.sizes(asked)
-    case = programs.Case(flags.task, settings, network, asked.slice, flags.sampling_steps, flags.guided)
-    if asked.slice.gpu and case.codes:
+    case = programs.Case(flags.task, settings, network, place, flags.sampling_steps, flags.guided)
+    if place.gpu and case.codes:
         what = f"{flags.task} has no formula, and for GPUs there is no compiler here"
         raise Refusal("--task", what, "name a slice of TPUs, or plan train or sample")
-    found = [] if asked.slice.gpu else there(asked.slice)
+    found = [] if place.gpu else there(place)
     try:
         layouts = programs.layouts_of(case)
     except ValueError as wrong:

@@ -137,19 +137,19 @@ def long(request: Request, studio, stages: Stages, projector) -> None:
         reel.finish()
 
 
-def _queue(request: Request, studio, reel: latents.Reel) -> Iterator:
-    """The same of a queue, which goes on from where it last said how it stood."""
-    past = reel.stored()
-    reel.keep(past[0] if past else 0)
-    return studio.queue(request, past, reel.store)
-
-
 def _windows(request: Request, studio, reel: latents.Reel) -> Iterator:
     """The latents that are not on the reel yet, of which only whole windows are left there."""
     frames, new = request.latent_frames, request.new
     whole = frames + (reel.frames - frames) // new * new if reel.frames >= frames else 0
     reel.keep(whole)
     return studio.windows(request, reel.read(0, whole) if whole else None)
+
+
+def _queue(request: Request, studio, reel: latents.Reel) -> Iterator:
+    """The same of a queue, which goes on from where it last said how it stood."""
+    past = reel.stored()
+    reel.keep(past[0] if past else 0)
+    return studio.queue(request, past, reel.store)
 
 
 def _pieces(reel: latents.Reel, coming: Iterator, total: int) -> Iterator:
@@ -164,6 +164,7 @@ def _pieces(reel: latents.Reel, coming: Iterator, total: int) -> Iterator:
 
 def show(request: Request, made: Iterable, stages: Stages, projector) -> None:
     """Decodes latents [1 k h w c], which may come in pieces, and writes the request's outputs one by one."""
+    import jax
     import numpy as np
 
     from fvdm_jax import video
@@ -186,7 +187,11 @@ def show(request: Request, made: Iterable, stages: Stages, projector) -> None:
                 video.write_mp4(drafts[0], seen(), request.fps, comment)
             sheet = video.contact_sheet(np.stack(chosen), strength=request.strength, frames=frames)
             sheet.save(drafts[1])
-        record = {"latents": str(request.latents), "seconds": stages.since, "device": machine.device()}
+        record = {
+            "latents": str(request.latents),
+            "seconds": stages.since,
+            "device": jax.devices()[0].device_kind,
+        }
         record = request.settings | record | {"versions": machine.versions()}
         drafts[2].write_text(legible(record) + "\n", "utf-8")
 

@@ -40,17 +40,19 @@ def read(
     is damaged before the last frame needed, or is shorter.
     """
     with pictures(path, fps) as decoded:
-        found = [_cover(picture, size) for picture in islice(decoded, skip, skip + frames)]
+        found = [cover(picture, size) for picture in islice(decoded, skip, skip + frames)]
     if len(found) < frames:
         short = f"{skip + frames} frames needed, {skip + len(found) if found else 'fewer than that'} found"
         raise Refusal(path, short, "give a longer clip or keep fewer frames of it")
     return np.stack(found)
 
 
-def _cover(image, size: tuple[int, int]) -> np.ndarray:
+def cover(image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+    """The pixels [H W 3] of a picture of Pillow's, scaled to cover `size` and cut where `place` (across,
+    down), 0 … 1, says."""
     from PIL import Image, ImageOps
 
-    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS))
+    return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS, centering=place))
 
 
 def _check_pixels(pixels: np.ndarray) -> None:

@@ -210,11 +210,10 @@ class Cost(NamedTuple):
     under_way: int
 
 
-def check(rows: Matrix, window: int | None = None) -> Cost:
+def check(rows: Matrix) -> Cost:
     """What the schedule [s f] takes. Raises ValueError, with the reason, where it cannot be sampled:
 
-    levels outside 0 … 1, that rise, or do not end clean, a step at which nothing moves, or more frames than
-    the `window` that the network was trained with.
+    levels outside 0 … 1, that rise, or do not end clean, or a step at which nothing moves.
     """
     if not np.all((rows >= 0) & (rows <= 1)):
         raise ValueError("has levels outside 0 … 1")
@@ -227,7 +226,5 @@ def check(rows: Matrix, window: int | None = None) -> Cost:
         raise ValueError(f"leaves frame {frame} at {rows[-1, frame]:g}; end with a row of 0")
     if still := np.flatnonzero(~np.any(falls < 0, axis=1)).tolist():
         raise ValueError(f"moves no frame at step {still[0] + 1}; leave that row out")
-    if window is not None and rows.shape[1] > window:
-        raise ValueError(f"has {rows.shape[1]} frames; the network was trained with {window}")
     begun = (rows < rows[0]) & (rows > 0)
     return Cost(len(falls), int(begun.sum(1).max(initial=0)))

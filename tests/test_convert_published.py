@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import back, families, hub, write
+from convert import back, families, hub, plans, write
 from convert.__main__ import main
 from convert.sources import Part
 from convert.table import plan
@@ -52,6 +52,25 @@ def test_a_published_model_is_planned_from_its_header(tmp_path, capsys, name):
     main([str(path), str(tmp_path / "out"), "--dry-run"])
     said, count = capsys.readouterr().out, KEPT.get(name, PUBLISHED["models"][name]["params"])
     assert f": {NAMES[name]}," in said and f" {count:,} parameters" in said
+
+
+SAMPLED = {
+    "wan21_t2v_1_3B": ((8.0, 6.0, 50, None), "dit"), "wan21_t2v_14B": ((5.0, 5.0, 50, None), "dit"),
+    "wan21_i2v_14B": ((5.0, 5.0, 40, None), "dit"), "wan21_flf2v_14B": ((16.0, 5.0, 50, None), "dit"),
+    "wan22_ti2v_5B": ((5.0, 5.0, 50, None), "dit"),
+    "wan22_t2v_A14B": ((12.0, (4.0, 3.0), 40, 0.875), "dit_high"),
+    "wan22_i2v_A14B": ((5.0, 3.5, 40, 0.9), "dit_low"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_model_is_sampled_as_its_authors_do(name):
+    """Shift, guidance, steps and boundary, as in Wan's generate.py and wan/configs."""
+    wanted, part = SAMPLED[name]
+    family = families.recognise(Part(Path(name), tensors(name), (), {}, {}))
+    said = plans.config([plans.Network(part, family, [], None)])["sampling"]
+    assert tuple(said.get(what) for what in ("shift", "guidance", "steps", "boundary")) == wanted
+    assert said["process"] == "flow" and "schedule" not in said
 
 
 SHARDS = {

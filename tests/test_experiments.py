@@ -24,7 +24,6 @@ pytestmark = pytest.mark.thorough
 
 SHARED = {"arms", "circle", "report"}
 EXPERIMENTS = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in SHARED]
-ALL = np.arange(64)
 
 
 def noised(process, level, seed=0):

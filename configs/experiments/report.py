@@ -2,8 +2,6 @@
 
 import argparse
 import importlib
-import importlib.metadata
-import platform
 import shlex
 import sys
 from collections.abc import Callable
@@ -15,7 +13,7 @@ import arms
 import circle
 import numpy as np
 
-from fvdm_jax.machine import keep_compiled_programs
+from fvdm_jax import machine
 from fvdm_jax.process import PROCESSES
 from fvdm_jax.program import Parser, Refusal, leave, legible, outputs, run, whole
 
@@ -175,18 +173,12 @@ def ceiling(process: str) -> dict:
     return circle.measures(process, best, {})
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    names = ("fvdm_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
-
-
 def main(experiment: Experiment, argv: list[str]) -> None:
     """Trains and measures what `--out` lacks, prints table and verdict, writes results and picture."""
     flags = parser(experiment.text).parse_args(argv)
     # Better refused now than after hours of training.
     drawing()
-    keep_compiled_programs()
+    machine.keep_compiled_programs()
     chosen, kept = experiment.arms(flags.steps), flags.out / "arms"
     results: dict[str, list[dict]] = {label: [] for label in chosen}
     for label, arm in chosen.items():
@@ -204,7 +196,7 @@ def main(experiment: Experiment, argv: list[str]) -> None:
         "text": experiment.text,
         "command": shlex.join(["python", f"configs/experiments/{experiment.name}.py", *argv]),
         "steps": flags.steps,
-        "versions": versions(),
+        "versions": machine.versions(),
         "verdict": verdict,
         "arms": results,
         "Bayes": ceilings,

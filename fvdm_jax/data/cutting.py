@@ -6,7 +6,6 @@ Nothing here imports jax, so that the report of a large corpus starts at once.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ import numpy as np
 from fvdm_jax import media, video
 from fvdm_jax.data.captions import FILE, TEXT
 from fvdm_jax.data.corpus import Source
+from fvdm_jax.data.folder import digest
 from fvdm_jax.decode import pictures
 from fvdm_jax.program import Refusal, plain
 
@@ -127,7 +127,7 @@ def _probed(source: Source, cut: Cut) -> media.Media:
         what = f"is a folder of {len(source.pictures)} numbered pictures, of which no rate is known"
         raise Refusal(source.path, what, "say it with --fps-in, or --images for single pictures")
     numbers = [int(re.search(r"[0-9]+$", path.stem)[0]) for path in source.pictures]
-    for before, number in itertools.pairwise(numbers):
+    for before, number in pairwise(numbers):
         if number != before + 1:
             twice = number == before
             what = f"has two pictures of number {number}" if twice else f"has no picture {before + 1}"
@@ -166,8 +166,7 @@ def _content(source: Source) -> str:
     found = []
     for path in source.pictures or (source.path,):
         try:
-            with open(path, "rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+            found.append(digest(path))
         except OSError as failure:
             raise Refusal(path, f"cannot be read: {failure.strerror}", "make it readable") from failure
     return found[0] if not source.pictures else hashlib.sha256("".join(found).encode()).hexdigest()
@@ -183,18 +182,12 @@ def read(clips: Sequence[Clip], cut: Cut) -> Iterator[np.ndarray]:
     with _pictures(clips[0].source, cut) as decoded, ThreadPoolExecutor() as pool:
         for clip in clips:
             taken = islice(decoded, clip.skip - at, clip.skip - at + clip.frames)
-            found = list(pool.map(partial(_covering, size=clip.size, place=centring(clip, cut)), taken))
+            found = list(pool.map(partial(video.cover, size=clip.size, place=centring(clip, cut)), taken))
             at = clip.skip + clip.frames
             if len(found) < clip.frames:
                 short = f"{at} frames promised, {clip.skip + len(found)} found"
                 raise Refusal(clip.source.path, short, "give a whole file")
             yield np.stack(found)
-
-
-def _covering(picture, size: tuple[int, int], place: tuple[float, float]) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    return np.asarray(ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS, centering=place))
 
 
 def centring(clip: Clip, cut: Cut) -> tuple[float, float]:

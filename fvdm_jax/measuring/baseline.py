@@ -1,14 +1,13 @@
 """The works of `workloads` as diffusers and transformers do them, on torch: what `bench` compares ours with.
 
 torch need not be installed, and is imported where it is used. Each of WORKS gives a function that does its
-work once, waits for its end, and raises MemoryError where there is too little memory.
+work once and waits for its end.
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from einops import rearrange
@@ -46,20 +45,6 @@ def device(platform: str) -> str | None:
 def threads() -> int:
     """How many threads XLA's CPU backend computes with: one for each processor that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-@contextlib.contextmanager
-def limited() -> Iterator[None]:
-    """Turns torch's ways to say that memory is short into MemoryError."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as failure:
-        short = isinstance(failure, torch.OutOfMemoryError) or "can't allocate memory" in str(failure)
-        if not short:
-            raise
-        raise MemoryError(str(failure)) from failure
 
 
 def release() -> None:
@@ -102,14 +87,13 @@ def training(network, optimizer, dtype: str = "float32") -> Callable[..., float]
         level, text = _placed(level, where), _placed(text, where)
         timestep = 1000 * level.repeat_interleave(latents.shape[2] * latents.shape[3] // PATCH**2, 1)
         level = level[:, None, :, None, None]
-        with limited():
-            with torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != "float32"):
-                said = network((1 - level) * clean + level * noise, timestep, text).sample
-                loss = torch.nn.functional.mse_loss(said.float(), noise - clean)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.item()
+        with torch.autocast(where.type, getattr(torch, dtype), enabled=dtype != "float32"):
+            said = network((1 - level) * clean + level * noise, timestep, text).sample
+            loss = torch.nn.functional.mse_loss(said.float(), noise - clean)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
 
     return step
 
@@ -133,7 +117,7 @@ def _waiting(work: Run, where: str) -> Run:
     import torch
 
     def run() -> object:
-        with limited(), torch.inference_mode():
+        with torch.inference_mode():
             result = work()
             if where == "cuda":
                 torch.cuda.synchronize()
@@ -147,8 +131,7 @@ def _loaded(make: Callable, where: str, dtype: str):
     import torch
 
     torch.set_num_threads(threads())
-    with limited():
-        return torch.nn.Module.to(make(), where, getattr(torch, dtype)).eval()
+    return torch.nn.Module.to(make(), where, getattr(torch, dtype)).eval()
 
 
 def _transformer(config: DiTConfig, where: str):
@@ -158,12 +141,11 @@ def _transformer(config: DiTConfig, where: str):
     torch.set_num_threads(threads())
     network = transformer(config).eval()
     kept = tuple(network._keep_in_fp32_modules)
-    with limited():
-        for name, parameter in network.named_parameters():
-            dtype = "float32" if any(part in name for part in kept) else config.dtype
-            parameter.data = parameter.data.to(where, getattr(torch, dtype))
-        for buffer in network.buffers():
-            buffer.data = buffer.data.to(where)
+    for name, parameter in network.named_parameters():
+        dtype = "float32" if any(part in name for part in kept) else config.dtype
+        parameter.data = parameter.data.to(where, getattr(torch, dtype))
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(where)
     return network
 
 
@@ -205,11 +187,10 @@ def _train(case: Subject, where: str) -> Run:
     import torch
 
     torch.set_num_threads(threads())
-    with limited():
-        network = torch.nn.Module.to(transformer(case.networks.dit), where)
-        if case.remat != "none":
-            network.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
+    network = torch.nn.Module.to(transformer(case.networks.dit), where)
+    if case.remat != "none":
+        network.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5)
     level = np.full(case.latents[:2], 0.5, np.float32)
     inputs = _noise(case.latents), _noise(case.states), _noise(case.latents), level
     step = training(network, optimizer, case.networks.dit.dtype)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 Work = Callable[[], object]
 
+SHORT = "RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory"
+"""What XLA and torch say where memory is short."""
 LEAST = 0.2
 """Seconds of a turn; the processor's time comes in hundredths."""
 
@@ -56,13 +58,11 @@ def race(starts: dict[str, Callable[[], Work]], turns: int) -> dict[str, Side]:
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Turns XLA's way to say that memory is short into MemoryError."""
-    import jax
-
+    """Turns XLA's and torch's ways to say that memory is short into MemoryError."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as failure:
-        if "RESOURCE_EXHAUSTED" not in str(failure):
+    except RuntimeError as failure:
+        if not any(short in str(failure) for short in SHORT):
             raise
         raise MemoryError(str(failure)) from failure
 

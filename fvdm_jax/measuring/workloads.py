@@ -71,10 +71,9 @@ class Prepared(NamedTuple):
 
 
 class Workload(NamedTuple):
-    """Something to measure: how many operations it is, what it computes in, and how it is prepared."""
+    """Something to measure: how many operations it is, and how it is prepared."""
 
     operations: Callable[[Subject], float]
-    network: str
     prepare: Callable[[Subject], Prepared]
 
 
@@ -230,11 +229,11 @@ def _transformed(count: Callable[..., float], clips: Callable[[Subject], int], c
 
 
 WORKS = {
-    "dit": Workload(partial(_transformed, costs.forward, lambda case: case.batch), "dit", _forward),
-    "sample": Workload(partial(_transformed, costs.forward, lambda case: 2), "dit", _sample),
-    "train": Workload(partial(_transformed, costs.training, lambda case: case.batch), "dit", _train),
-    "vae-encode": Workload(partial(_vae_operations, "encode"), "vae", partial(_vae, "encode")),
-    "vae-decode": Workload(partial(_vae_operations, "decode"), "vae", partial(_vae, "decode")),
-    "text": Workload(_text_operations, "text", _text),
+    "dit": Workload(partial(_transformed, costs.forward, lambda case: case.batch), _forward),
+    "sample": Workload(partial(_transformed, costs.forward, lambda case: 2), _sample),
+    "train": Workload(partial(_transformed, costs.training, lambda case: case.batch), _train),
+    "vae-encode": Workload(partial(_vae_operations, "encode"), partial(_vae, "encode")),
+    "vae-decode": Workload(partial(_vae_operations, "decode"), partial(_vae, "decode")),
+    "text": Workload(_text_operations, _text),
 }
 """What can be measured, by name."""

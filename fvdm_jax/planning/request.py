@@ -3,11 +3,10 @@
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import NamedTuple
 
 from fvdm_jax import chips
 from fvdm_jax.program import Parser, Refusal, check_output, number, whole
-from fvdm_jax.train_request import config_file, read
+from fvdm_jax.train_request import Asked, config_file, read
 
 DESCRIPTION = (
     "Compiles a step for TPUs that are not there, and says what it would take: bytes, operations, time."
@@ -54,22 +53,14 @@ def parser(config=None) -> Parser:
     return flags
 
 
-class Asked(NamedTuple):
-    """What the command line says: the program's own flags, the slice, and the config's settings."""
-
-    flags: object
-    slice: chips.Slice
-    settings: object
-
-
-def parse(argv: list[str]) -> Asked:
-    """Raises Refusal for a flag or a value that cannot be."""
+def parse(argv: list[str]) -> tuple[Asked, chips.Slice]:
+    """What the command line says, and the slice. Raises Refusal for a flag or a value that cannot be."""
     path, where = config_file(argv, parser), _slice(argv)
-    flags, settings, *_ = read(path, argv, parser)
+    asked = read(path, argv, parser)
     if where is None:
         raise Refusal("--topology", "is missing", chips.FORMS)
-    _check(flags)
-    return Asked(flags, where, settings)
+    _check(asked.flags)
+    return asked, where
 
 
 def _slice(argv: list[str]) -> chips.Slice | None:

@@ -16,7 +16,7 @@ HOST = "127.0.0.1"
 
 
 class Rooms(NamedTuple):
-    """Folders that only this user can enter: what is uploaded, what is made, and an empty one."""
+    """Folders that only this user can enter: what is uploaded, and what is made."""
 
     uploads: Path
     made: Path
