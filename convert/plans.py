@@ -173,11 +173,11 @@ SIZE = {"prompt": "", "frames": 81, "size": [480, 832]}
 OWN = {
     "wan_1_3b": ("wan-t2v", {"shift": 8.0, "guidance": 6.0}),
     "wan_5b": ("ti2v-5b", {"frames": 121, "size": [704, 1280]}),
-    "wan_14b_i2v": ("wan-i2v", {}),
+    "wan_14b_i2v": ("wan-i2v", {"shift": 3.0}),
     "wan_14b_flf2v": ("wan-flf2v", {}),
     "wan_a14b_i2v": ("wan22-i2v", {}),
 }
-"""How the published models are sampled by their authors: a preset, and what is theirs beside it."""
+"""How the published models are sampled by their authors: a preset, and what is theirs beside it at SIZE."""
 
 
 def config(networks: list[Network]) -> dict:

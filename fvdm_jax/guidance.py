@@ -167,7 +167,9 @@ def heard(
             made = made * _contrast(said[1], made, level, weights.rescale)
         if looks.windows:
             nothing, *windows = said[1 + looks.text :]
-            more = sum(window - nothing for window in windows) / looks.windows
+            # Of fewer clean frames than windows some show nothing, which is no history.
+            shown = jnp.clip(jnp.sum(level == 0, axis=1, keepdims=True, dtype=x.dtype), 1, looks.windows)
+            more = sum(window - nothing for window in windows) / expand(shown, x)
             made = made + (weights.history - 1) * more
         return made
 

@@ -47,14 +47,19 @@ class Keep:
     settled: float = 0.0
     skip: int = 0
     total: int = 1
+    fps: float = 0.0
 
     @property
     def note(self) -> str:
-        """Which frames of a clip are used, where it is not all of them; else empty."""
-        if self.kind == "image" or self.frames == self.total:
+        """Which frames of a clip are used, and where its `fps` are less, at which; else empty."""
+        if self.kind == "image":
             return ""
-        last = self.skip + self.frames - 1
-        return f"note: of {self.path} frames {self.skip} to {last} of {self.total} are used"
+        told = []
+        if self.frames != self.total:
+            told.append(f"frames {self.skip} to {self.skip + self.frames - 1} of {self.total} are used")
+        if self.fps:
+            told.append(f"some frames are shown twice; it has {self.fps:.3g} a second, as --fps can give")
+        return f"note: of {self.path} {'; '.join(told)}" if told else ""
 
     @property
     def frames(self) -> int:
@@ -131,12 +136,16 @@ def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0
     Refusal, named --keep, for a bad frame, strength or file, and for a frame that is given twice.
     """
     asked = [_asked(text, frames, otherwise) for text in texts]
-    media = [_probed(one, fps) for one in asked]
+    media = [_probed(one) for one in asked]
     free = sum(m.kind != "image" and one.form != "range" for one, m in zip(asked, media, strict=True))
     share = max(1, frames // max(1, 2 * free))
     keeps = []
     for one, held in zip(asked, media, strict=True):
-        others = [other for other in asked if other is not one]
+        others, slow = [other for other in asked if other is not one], 0.0
+        if held.kind != "image":
+            # One that is hardly slower, as film on television, is as fast.
+            slow = held.rate if held.rate < 0.95 * fps else 0.0
+            held = held._replace(frames=held.at(fps))
         count = _count(one, held, min(share, _room(one, others, frames)))
         at = one.last + 1 - count if one.form == "end" else one.first
         keep = Keep(at, count, one.path, held.kind, one.strength, one.settled)
@@ -144,7 +153,7 @@ def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0
             # The video goes on from a clip at its start, so from the end of that clip.
             goes_on = one.form == "start" and one.first == 0
             skip = held.frames - keep.frames if goes_on else 0
-            keep = dataclasses.replace(keep, skip=skip, total=held.frames)
+            keep = dataclasses.replace(keep, skip=skip, total=held.frames, fps=slow)
         keeps.append((keep, one.flag))
     keeps.sort(key=lambda pair: pair[0].first)
     for (one, flag), (other, its) in itertools.pairwise(keeps):
@@ -155,10 +164,9 @@ def placed(texts: Sequence[str], frames: int, fps: float, otherwise: float = 0.0
     return tuple(keep for keep, _ in keeps)
 
 
-def _probed(one: _Asked, fps: float) -> video.Media:
+def _probed(one: _Asked) -> video.Media:
     try:
-        held = video.probe(one.path)
-        return held if held.kind == "image" else held._replace(frames=held.at(fps))
+        return video.probe(one.path)
     except Refusal as refusal:
         raise Refusal(one.flag, f"the file {refusal.what}", refusal.right) from refusal
 

@@ -28,6 +28,11 @@ class Media(NamedTuple):
     frames: int
     span: float = 0.0
 
+    @property
+    def rate(self) -> float:
+        """Frames a second, on the average; of a single frame without end."""
+        return (self.frames - 1) / self.span if self.span else math.inf
+
     def at(self, fps: float) -> int:
         """How many frames `pictures` gives at this rate."""
         return 1 + math.floor((self.span + INSTANT) * fps)

@@ -11,6 +11,7 @@ from fvdm_jax.defaults import OPTIONAL, PATCH, SAMPLING, Defaults
 from fvdm_jax.flags import OUT, TINY
 from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX, noise
+from fvdm_jax.machine import stamps
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
 from fvdm_jax.rules import RULES, sides
@@ -31,7 +32,8 @@ class Request:
     `boundary`; `lora` are folder, strength and the expert that it is for, "" for each. With `length`, in
     seconds, the video is made of windows of `frames`, of which each keeps `overlap` latent frames of the one
     before, 0: a third, and the first `anchors` of the video; `segments` are the windows' prompts, the last
-    for all that follow. `context_noise` may be two numbers, a scale and a power.
+    for all that follow. `context_noise` may be two numbers, a scale and a power. `files`: name, size and time
+    of all that is read. `beside`: the network has pictures beside the video, and makes all of its frames.
     """
 
     prompt: str | None = None
@@ -75,6 +77,8 @@ class Request:
     noise_file: Path | None = None
     segments: tuple[str, ...] = ()
     keeps: tuple[Keep, ...] = ()
+    files: tuple[tuple[str, int, int], ...] = ()
+    beside: bool = False
 
     @property
     def latent_frames(self) -> int:
@@ -128,9 +132,14 @@ class Request:
         return self._each("strength")
 
     @property
+    def sampled(self) -> list[float]:
+        """The same as the sampler has it, which knows nothing of pictures beside the video."""
+        return [1.0] * self.total if self.beside else self.strength
+
+    @property
     def settled(self) -> list[float]:
-        """The same at the last step; `strength` is that at the first."""
-        return self._each("settled")
+        """`sampled` at the last step; it is that at the first."""
+        return self.sampled if self.beside else self._each("settled")
 
     def _each(self, name: str) -> list[float]:
         values = [1.0] * self.total
@@ -151,19 +160,22 @@ class Request:
     @property
     def settings(self) -> dict:
         """Every setting as plain JSON values; what the video's comment and the settings file hold."""
-        files = [] if self.decode else [keep.path for keep in self.keeps]
-        files += [self.noise_file] if self.noise_file and not self.decode else []
-        given = {str(path): _stamp(path) for path in files}
-        settings = dataclasses.asdict(self) | {"strength": self.strength, "files": given}
-        for name in ("debug", "explain", "overwrite", "decode", "keeps"):
+        files = {name: stamp for name, *stamp in self.files}
+        settings = dataclasses.asdict(self) | {"strength": self.strength, "files": files}
+        for name in ("debug", "explain", "overwrite", "decode", "keeps", "beside"):
             del settings[name]
         return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
 
 
-def _stamp(path: Path) -> list[int]:
-    """Size and time of a file: another one of its name is not the same."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+def _files(request: Request, model: Defaults) -> list[Path]:
+    """The files and folders that the video follows from."""
+    weights = (
+        model.config.with_name(name + end) for name in model.transformers for end in ("", ".safetensors")
+    )
+    adapters = (Path(folder) / "adapters" for folder, *_ in request.lora)
+    read = [*(keep.path for keep in request.keeps), *filter(Path.exists, weights), *adapters]
+    read += [request.noise_file] if request.noise_file else []
+    return read + ([Path(request.schedule)] if request.schedule.endswith(".json") else [])
 
 
 def validate(request: Request, model: Defaults, outputs: bool = True, base: bool = False) -> Request:
@@ -181,13 +193,13 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
             raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
     _check_experts(filled, model, where["guidance"])
     keeps = placed(filled.keep, filled.latent_frames, filled.fps, kept)
-    complete = dataclasses.replace(filled, keeps=keeps)
+    complete = dataclasses.replace(filled, keeps=keeps, beside=bool(model.pictures))
     if complete.schedule.endswith(".json"):
-        if complete.strength != complete.settled:
+        if complete.sampled != complete.settled:
             what = "a strength that changes is of named schedules, and this one is a file's"
             raise Refusal("--keep", what, "give one strength, or write it into the file")
         try:
-            zoo.levels(complete.schedule, (), complete.strength[: complete.latent_frames])
+            zoo.levels(complete.schedule, (), complete.sampled[: complete.latent_frames])
         except ValueError as wrong:
             raise Refusal(where["schedule"], str(wrong)) from wrong
     several = complete.prompts is not None and complete.length is None
@@ -200,7 +212,7 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
         noise(complete.noise_file, complete.shape(model))
     if outputs and not complete.explain and not several:
         check_outputs(complete)
-    return complete
+    return dataclasses.replace(complete, files=stamps(_files(complete, model)))
 
 
 def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
@@ -212,7 +224,7 @@ def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
     values = {name: value for name, value in preset.items() if getattr(request, name) is None}
     lora = []
     for folder, strength, expert in request.lora:
-        before = sum(expert == other for *_, other in lora)
+        before = sum(other in ("", expert) for *_, other in lora)
         usual = strengths[before] if before < len(strengths) else 1.0
         lora.append((folder, usual if strength is None else strength, expert))
     # Wan's own I2V networks take pictures as they are.
@@ -240,6 +252,8 @@ def _filled(request: Request, model: Defaults) -> tuple[Request, dict[str, str]]
 
 def _check_experts(request: Request, model: Defaults, guidance: str) -> None:
     """Raises Refusal where something is asked of an expert, and the model has none."""
+    if odd := [expert for *_, expert in request.lora if expert not in ("", "high", "low")]:
+        raise Refusal("--lora", f"{plain(odd[0])!r} is no expert", "give high, low, or none for both")
     if len(model.transformers) > 1:
         return
     if isinstance(request.guidance, tuple):

@@ -77,7 +77,7 @@ def explained(request: Request) -> None:
         queue = frames - request.overlap
         request = dataclasses.replace(request, schedule=f"rolling:window={queue}", length=None)
         print(f"of the first {frames} frames, after which the queue of {queue} rolls on:")
-    matrix = rows(request, request.strength[:frames])
+    matrix = rows(request, request.sampled[:frames])
     print(explain(matrix))
     most, counts = "at most " if request.cache else "", calls(request)
     print(f"\n{most}{sum(counts)} calls of the network", end="")

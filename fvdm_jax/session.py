@@ -13,7 +13,7 @@ from fvdm_jax import samplers, video
 from fvdm_jax.defaults import defaults
 from fvdm_jax.flags import TINY
 from fvdm_jax.process import PROCESSES
-from fvdm_jax.program import legible, outputs
+from fvdm_jax.program import Refusal, legible, outputs
 from fvdm_jax.progress import Stages
 from fvdm_jax.projector import Projector
 from fvdm_jax.request import Request, validate
@@ -74,7 +74,12 @@ class Session:
 
     def complete(self, request: Request) -> Request:
         """The request with all that the model has of its own. Raises Refusal where it cannot be."""
-        return validate(dataclasses.replace(request, model=self._model), self.defaults, outputs=False)
+        if request.prompts and request.length is None:
+            raise Refusal("prompts", "is of many videos, and one is made", "give its lines one by one")
+        named = {name: Path(path) for name in ("prompts", "noise_file") if (path := getattr(request, name))}
+        return validate(
+            dataclasses.replace(request, model=self._model, **named), self.defaults, outputs=False
+        )
 
     def make(self, request: Request, look: Callable[[Step], None] | None = None) -> Video:
         """The video of a complete request; `look` is told of every step, and what it raises ends the work."""

@@ -16,7 +16,7 @@ def rows(request: Request, strength) -> zoo.Matrix:
     Those that the request has itself may change over the steps; a later window's do not.
     """
     sigmas, strength = SPACINGS[request.spacing](request.steps, request.shift), np.float32(strength)
-    own = np.float32(request.strength[: len(strength)])
+    own = np.float32(request.sampled[: len(strength)])
     settled = request.settled[: len(strength)] if np.array_equal(strength, own) else None
     return zoo.levels(request.schedule, sigmas, strength, settled)
 
@@ -27,7 +27,7 @@ def calls(request: Request) -> list[int]:
         ends = [request.steps + i * request.steps // (request.latent_frames - request.overlap)
                 for i in range(request.total - request.given)]  # fmt: skip
         return np.diff(ends, prepend=0).tolist()
-    first = len(rows(request, request.strength[: request.latent_frames])) - 1
+    first = len(rows(request, request.sampled[: request.latent_frames])) - 1
     if request.length is None:
         return [first]
     kept = request.latent_frames - request.new

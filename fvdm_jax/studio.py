@@ -70,6 +70,7 @@ class Studio:
             looks = Looks(
                 any(one.guided for one in requests), request.history_windows if request.history != 1 else 0
             )
+            self._warn(requests)
             self._layout = sampling.layout(request.mesh, network, self._shape[1:4], looks.count, many)
             self._over = self._layout.over
         said = [f"attention by {self._layout.attention}"]
@@ -88,6 +89,16 @@ class Studio:
         # Read first, so that the text encoder is gone before a transformer comes.
         self._hear(requests)
         self._last: Request | None = requests[-1]
+
+    def _warn(self, requests: list[Request]) -> None:
+        """Says where the second expert comes too late for some frames."""
+        for one in requests if len(self._model.transformers) > 1 else ():
+            strength = np.float32(one.sampled[: one.latent_frames])
+            done = (rows(one, strength)[high(one, strength)] == 0) & (strength > 0)
+            if done.any():
+                what = f"{done.sum()} of {len(done)} frames are clean before the expert of low noise begins"
+                self._stages.say(f"note: {what}; schedule together leaves the end of every frame to it")
+                return
 
     def welcome(self, request: Request) -> None:
         """Takes one more request; from now on nothing is given back, since others may follow."""
@@ -119,7 +130,7 @@ class Studio:
         yield some
 
     def _kind(self, request: Request) -> tuple:
-        strength = [1.0] * request.latent_frames if self._model.pictures else request.strength
+        strength = request.sampled
         return high(request, strength), rows(request, strength).tobytes() if request.cache else b""
 
     def clip(self, request: Request) -> np.ndarray:

@@ -56,7 +56,7 @@ def test_a_published_model_is_planned_from_its_header(tmp_path, capsys, name):
 
 SAMPLED = {
     "wan21_t2v_1_3B": ((8.0, 6.0, 50, None), "dit"), "wan21_t2v_14B": ((5.0, 5.0, 50, None), "dit"),
-    "wan21_i2v_14B": ((5.0, 5.0, 40, None), "dit"), "wan21_flf2v_14B": ((16.0, 5.0, 50, None), "dit"),
+    "wan21_i2v_14B": ((3.0, 5.0, 40, None), "dit"), "wan21_flf2v_14B": ((16.0, 5.0, 50, None), "dit"),
     "wan22_ti2v_5B": ((5.0, 5.0, 50, None), "dit"),
     "wan22_t2v_A14B": ((12.0, (4.0, 3.0), 40, 0.875), "dit_high"),
     "wan22_i2v_A14B": ((5.0, 3.5, 40, 0.9), "dit_low"),

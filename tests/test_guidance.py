@@ -5,7 +5,7 @@ import pytest
 from test_gaussian import CANVAS, COVARIANCE, FRAMES, NOISE, distance, exact, strengths
 
 from fvdm_jax import zoo
-from fvdm_jax.guidance import Looks, Weights, guided, steered
+from fvdm_jax.guidance import Looks, Weights, guided, heard, steered
 from fvdm_jax.process import ddpm, flow
 from fvdm_jax.samplers import euler, sample, unipc
 from fvdm_jax.schedule import pusa, schedule
@@ -164,6 +164,20 @@ def test_windows_of_history_are_shown_by_turns_and_the_rest_is_noise():
     assert np.all(hidden[[0, 1, 3, 4]] != 1) and np.all(hidden[[2, 5]] == 1)
     told = Looks(True, 2).told(TEXT, NEGATIVE)
     assert [bool(np.array_equal(told[i::5], TEXT)) for i in range(5)] == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("windows", [1, 2, 4])
+def test_windows_that_show_nothing_do_not_weaken_history(windows):
+    """Of one clean frame there is one window, whatever was asked for, and its weight is the whole one."""
+    level = jnp.array([[0.0, 0.6, 0.6]])
+
+    def ask(x, timestep):
+        return jnp.broadcast_to(timestep[:, :1, None, None, None], x.shape)
+
+    x = jnp.ones((1, 3, 1, 1, 1))
+    said = heard(flow, ask, Weights(history=3.0), Looks(False, windows))(x, level)
+    # Told at timestep 0, hidden at 1000.
+    np.testing.assert_allclose(said, 0.0 + 2.0 * (0.0 - 1000.0))
 
 
 def test_without_context_noise_the_network_sees_the_clip_itself():

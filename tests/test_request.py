@@ -112,6 +112,42 @@ def test_a_video_goes_on_from_the_end_of_a_clip_and_leads_to_the_beginning_of_on
     (keep,) = ask("--keep", "2=long.mp4").keeps
     assert (keep.first, keep.skip) == (2, 0)
     assert ask("--keep", "0=short.mp4").keeps[0].note == ask("--keep", "0=a.png").keeps[0].note == ""
+    # At more frames a second than it has, some of it would be shown twice, and nobody asked for that.
+    note = ask("--keep", "0=short.mp4", "--fps", "24").keeps[0].note
+    assert note.endswith("some frames are shown twice; it has 8 a second, as --fps can give")
+    assert "twice" not in ask("--keep", "0=short.mp4", "--fps", "4").keeps[0].note
+
+
+def test_what_is_read_is_known_by_size_and_time_while_it_may_go(place):
+    """Settings are those of the files as they were, and others of the same names are not the same."""
+    Path("lora/adapters").mkdir(parents=True)
+    Path("lora/adapters/weights").write_bytes(b"a")
+    flags = ["--keep", "0=a.png", "--schedule", "rows.json", "--lora", "lora"]
+    request = ask(*flags)
+    told = request.settings
+    assert list(told["files"]) == ["a.png", "model/dit.safetensors", "lora/adapters", "rows.json"]
+    for path, other in (
+        ("rows.json", b"[[1,1,1,1,1,1,1,1,1],[0,0,0,0,0,0,0,0,0]]"),
+        ("lora/adapters/weights", b"bc"),
+    ):
+        before = ask(*flags).settings
+        Path(path).write_bytes(other)
+        assert ask(*flags).settings["files"] != before["files"]
+    Path("a.png").unlink()
+    assert request.settings == told
+
+
+def test_strengths_of_a_preset_count_loras_of_both_experts(place):
+    for name in ("light", "high", "low"):
+        Path(name, "adapters").mkdir(parents=True)
+    told = stored(SAMPLING | {"boundary": 0.875})
+    Path("model/config.json").write_text(
+        json.dumps(told | {"dit_high": told["dit"], "dit_low": told.pop("dit")})
+    )
+    for name in ("dit_high", "dit_low"):
+        Path(f"model/{name}.safetensors").write_bytes(b"")
+    flags = "--preset pusa-wan22-lightning --lora light --lora high=high --lora low=low".split()
+    assert [strength for _, strength, _ in ask(*flags).lora] == [1.0, 1.4, 1.4]
 
 
 BAD = {

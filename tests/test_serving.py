@@ -64,6 +64,9 @@ def test_the_command_is_the_request(here, model, session):
     ):
         assert getattr(again, name) == getattr(request, name), name
     assert again.strength == request.strength == [0, 1, 0.25]
+    # What is empty on the page is empty, whatever a preset has.
+    assert filled(preset="pusa-wan21").request(session.complete, here).negative == ""
+    assert form.preset("pusa-wan21", {"negative": "x"})["negative"].startswith("Bright tones")
     assert str(here) not in str(asked.settings(request))
 
 

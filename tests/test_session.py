@@ -63,6 +63,8 @@ def test_refusals_are_one_line(session):
         ({"steps": 0}, "error: --steps: 0"),
         ({"keep": {0: "nowhere.png"}}, "error: --keep 0=nowhere.png"),
         ({"keep": {9: "nowhere.png"}}, "outside the video's 3 latent frames"),
+        ({"prompts": "two.txt"}, "error: prompts: is of many videos"),
+        ({"lora": (("folder", 1.0, "High"),)}, "error: --lora: 'High' is no expert"),
     ):
         with pytest.raises(Refusal, match=said):
             session.sample("a", **settings)

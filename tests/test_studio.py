@@ -17,7 +17,7 @@ from fvdm_jax.commands import lines, parse
 from fvdm_jax.models.clip import CLIPConfig
 from fvdm_jax.program import Refusal, run
 from fvdm_jax.progress import Stages
-from fvdm_jax.steps import rows
+from fvdm_jax.steps import calls, rows
 from fvdm_jax.studio import Studio
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -207,6 +207,9 @@ def test_wans_own_networks_take_pictures(here, pictured):
         parse(["--model", str(pictured), *keeps, "--still"])
     Path("two.jsonl").write_text(json.dumps({"prompt": "a", "keep": keeps[1::2]}))
     assert len(lines(parse(["--model", str(pictured), "--prompts", "two.jsonl"]))) == 1
+    # What is drawn and counted is what is sampled: every frame of the video is made.
+    staggered = parse(["--model", str(pictured), *keeps, "--schedule", "pyramid:lag=1"])
+    assert calls(staggered) == [len(rows(staggered, [1.0] * 3)) - 1] == [5]
     one = made(pictured, *keeps)
     other = made(pictured, "--keep", "0=b.png", *keeps[2:])
     assert np.isfinite(one).all() and np.abs(one - other).max() > 1e-3

@@ -39,7 +39,7 @@ class Page:
             request = asked.request(self._session.complete, self._rooms.uploads)
         except Refusal as refusal:
             return drawing.refused(str(refusal)), ""
-        matrix = rows(request, request.strength)
+        matrix = rows(request, request.sampled)
         return drawing.strip(request.strength, matrix, sum(calls(request))), asked.command(self._model)
 
     def made(self, *fields) -> Iterator[tuple]:

@@ -25,7 +25,10 @@ SLOTS = 4
 MOST = 50 * 81 * 720 * 1280
 """Steps times pixels that one video may take: Wan's largest, at its own number of steps."""
 
-BY_PRESET = ("steps", "solver", "schedule", "options", "guidance", "shift")
+PROMPTS = "prompt", "negative"
+"""The fields that are told though they are empty: else they would be the model's."""
+
+BY_PRESET = ("negative", "steps", "solver", "schedule", "options", "guidance", "shift")
 """The fields that say what a preset sets."""
 
 
@@ -71,7 +74,7 @@ class Form(NamedTuple):
             "seed": self.seed,
         }
         # A value stands behind =, so that none can be a flag.
-        flags = [f"--{name}={value}" for name, value in words.items() if value or name == "prompt"]
+        flags = [f"--{name}={value}" for name, value in words.items() if value or name in PROMPTS]
         for slot in self.slots:
             if slot.file:
                 flags.append(f"--keep={self._place(slot)}={spelled(slot.file)}:{_number(slot.strength)}")
