@@ -58,7 +58,9 @@ class Keep:
         if self.frames != self.total:
             told.append(f"frames {self.skip} to {self.skip + self.frames - 1} of {self.total} are used")
         if self.fps:
-            told.append(f"some frames are shown twice; it has {self.fps:.3g} a second, as --fps can give")
+            told.append(
+                f"some frames are shown twice, as it has {self.fps:.3g} a second (--fps sets the rate)"
+            )
         return f"note: of {self.path} {'; '.join(told)}" if told else ""
 
     @property

@@ -33,7 +33,7 @@ class Request:
     seconds, the video is made of windows of `frames`, of which each keeps `overlap` latent frames of the one
     before, 0: a third, and the first `anchors` of the video; `segments` are the windows' prompts, the last
     for all that follow. `context_noise` may be two numbers, a scale and a power. `files`: name, size and time
-    of all that is read. `beside`: the network has pictures beside the video, and makes all of its frames.
+    of what it follows from. `beside`: the network has pictures beside the video, and makes all of its frames.
     """
 
     prompt: str | None = None

@@ -114,7 +114,7 @@ def test_a_video_goes_on_from_the_end_of_a_clip_and_leads_to_the_beginning_of_on
     assert ask("--keep", "0=short.mp4").keeps[0].note == ask("--keep", "0=a.png").keeps[0].note == ""
     # At more frames a second than it has, some of it would be shown twice, and nobody asked for that.
     note = ask("--keep", "0=short.mp4", "--fps", "24").keeps[0].note
-    assert note.endswith("some frames are shown twice; it has 8 a second, as --fps can give")
+    assert note.endswith("some frames are shown twice, as it has 8 a second (--fps sets the rate)")
     assert "twice" not in ask("--keep", "0=short.mp4", "--fps", "4").keeps[0].note
 
 
