@@ -56,9 +56,8 @@ def parse(argv: list[str]):
     """The flags. Raises Refusal for values that cannot be."""
     asked = parser().parse_args(argv)
     for name in ("layers", "text", "batch", "turns"):
-        value = vars(asked)[name]
-        if value is not None and (wrong := rules.whole_from(1, 10_000)(value)):
-            raise Refusal(f"--{name}", f"{value} {wrong[0]}", wrong[1])
+        if (value := vars(asked)[name]) is not None:
+            rules.obey(f"--{name}", value, rules.whole_from(1, 10_000))
     if asked.clip and not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", asked.clip):
         raise Refusal("--clip", f"{asked.clip!r} is no size", "give FxHxW in latents, such as 21x60x104")
     if asked.json:

@@ -11,7 +11,7 @@ from fvdm_jax.flags import TINY, parser
 from fvdm_jax.keeps import Keep, total
 from fvdm_jax.program import Refusal
 from fvdm_jax.request import FLAGS, Request, check_outputs, validate
-from fvdm_jax.rules import RULES, sides, strengths, texts
+from fvdm_jax.rules import RULES, obey, sides, strengths, texts
 from fvdm_jax.video import STRIDE
 
 LATER = ("lora", "interval", "preset", "still", "segments", "noise_file", *FLAGS[1:])
@@ -89,8 +89,7 @@ def _stored(given: dict) -> Request:
     for name, rule in rules.items():
         if rule(told.get(name)):
             raise Refusal(given["decode"], f"does not say with what {name} it was made", "sample again")
-    if wrong := RULES["fps"](chosen.get("fps", 1)):
-        raise Refusal("--fps", f"{chosen['fps']} {wrong[0]}", wrong[1])
+    obey("--fps", chosen.get("fps", 1), RULES["fps"])
     spatial = model.multiple // PATCH
     height, width = (side // spatial for side in told["size"])
     frames = total(told["frames"], told["length"], told["fps"])

@@ -99,8 +99,7 @@ class Training:
                 what = f"{getattr(self, name)!r} is no type to {use}"
                 raise Refusal(flag(name), what, "give float32 or bfloat16")
         for name, rule in _RULES.items():
-            if wrong := rule(getattr(self, name)):
-                raise Refusal(flag(name), f"{getattr(self, name)} {wrong[0]}", wrong[1])
+            rules.obey(flag(name), getattr(self, name), rule)
         if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", self.clip):
             raise Refusal("--clip", f"{self.clip!r} is no size", "give FxHxW in latents, such as 21x60x104")
         if any(int(side) % PATCH for side in self.clip.split("x")[1:]):

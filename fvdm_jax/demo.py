@@ -42,8 +42,7 @@ def parse(argv: list[str]) -> tuple[object, Request]:
     """The flags, and how the model is sampled. Raises Refusal, or SystemExit after --help."""
     given = parser().parse_args(argv)
     _check_served(given)
-    if wrong := rules.whole_from(0, 10**6)(given.clip):
-        raise Refusal("--clip", f"{given.clip} {wrong[0]}", wrong[1])
+    rules.obey("--clip", given.clip, rules.whole_from(0, 10**6))
     asked = Request(prompt="", model=given.model, steps=given.steps, seed=given.seed, explain=True)
     model = defaults(given.model)
     request = validate(asked, model, base=True)
@@ -64,8 +63,7 @@ def _check_served(given) -> None:
             raise Refusal(f"--{name}", what, "leave it out")
     if given.serve and not importlib.util.find_spec("gradio"):
         raise Refusal("--serve", "needs gradio, which is not here", 'add it: pip install -e ".[serve]"')
-    if wrong := rules.whole_from(1024, 65535)(given.port):
-        raise Refusal("--port", f"{given.port} {wrong[0]}", wrong[1])
+    rules.obey("--port", given.port, rules.whole_from(1024, 65535))
 
 
 def main(argv: list[str]) -> None:

@@ -84,8 +84,7 @@ def parse(argv: list[str]) -> Asked:
     """The flags, checked. Raises Refusal, or SystemExit after --help."""
     given = parser().parse_args(argv)
     for name, most in (("clips", 10**6), ("batch", 10**4), ("samples", 1000)):
-        if wrong := rules.whole_from(1, most)(vars(given)[name]):
-            raise Refusal(f"--{name}", f"{vars(given)[name]} {wrong[0]}", wrong[1])
+        rules.obey(f"--{name}", vars(given)[name], rules.whole_from(1, most))
     _check_mode(given)
     batch = min(given.batch, given.clips)
     if given.clips % batch:

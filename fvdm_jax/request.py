@@ -14,7 +14,7 @@ from fvdm_jax.latents import SUFFIX, noise
 from fvdm_jax.machine import stamps
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
-from fvdm_jax.rules import RULES, sides
+from fvdm_jax.rules import RULES, obey, sides
 from fvdm_jax.video import STRIDE
 
 FLAGS = ("seed", "rescale", "history", "history_level", "history_windows", "length", "overlap", "anchors",
@@ -187,10 +187,8 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
     request, kept = _preset(request, model)
     filled, where = _filled(request, model)
     for name, rule in (RULES | {"size": sides(model.multiple)}).items():
-        if name in where and (wrong := rule(getattr(filled, name))):
-            value = getattr(filled, name)
-            shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
-            raise Refusal(where[name], f"{shown} {wrong[0]}", wrong[1])
+        if name in where:
+            obey(where[name], getattr(filled, name), rule)
     _check_experts(filled, model, where["guidance"])
     keeps = placed(filled.keep, filled.latent_frames, filled.fps, kept)
     complete = dataclasses.replace(filled, keeps=keeps, beside=bool(model.pictures))

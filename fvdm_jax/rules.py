@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from fvdm_jax import zoo
+from fvdm_jax.program import Refusal, plain
 from fvdm_jax.video import STRIDE
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -11,6 +12,13 @@ KERNELS = ("auto", "splash", "cudnn", "xla")
 PROCESSES = ("flow", "ddpm", "ddpm_v")
 
 Rule = Callable[[object], tuple[str, str] | None]
+
+
+def obey(where: str, value, rule: Rule) -> None:
+    """Raises Refusal, named `where`, for a value that is against the rule."""
+    if wrong := rule(value):
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
+        raise Refusal(where, f"{shown} {wrong[0]}", wrong[1])
 
 
 def whole_from(least: int, most: int) -> Rule:

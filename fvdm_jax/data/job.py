@@ -11,7 +11,7 @@ from fvdm_jax.data.cutting import Cut
 from fvdm_jax.defaults import PATCH
 from fvdm_jax.flags import TINY, size
 from fvdm_jax.program import Parser, Refusal, number, plain, whole
-from fvdm_jax.rules import RULES, Rule, between, sides, whole_from
+from fvdm_jax.rules import RULES, between, obey, sides, whole_from
 
 PARTS = ("vae", "text")
 """What of a model encodes."""
@@ -131,7 +131,9 @@ def parse(argv: Sequence[str]) -> Job:
         "shard": ([given.shard], between(0, 1e6)),
     }
     for name, (values, rule) in rules.items():
-        _obey(f"--{name}", [value for value in values if value is not None], rule)
+        for value in values:
+            if value is not None:
+                obey(f"--{name}", value, rule)
     if not given.report and not given.out:
         raise Refusal("--out", "is missing", "give the folder of records, or --report")
     if given.out and "://" not in given.out and Path(given.out).exists() and not Path(given.out).is_dir():
@@ -141,14 +143,6 @@ def parse(argv: Sequence[str]) -> Job:
     names = ("out", "model", "caption", "batch", "dtype", "process", "distributed", "report", "allow_drop")
     chosen = {name: getattr(given, name) for name in names}
     return Job(sources=tuple(given.source), cut=cut, shard=int(given.shard * 2**20), **chosen)
-
-
-def _obey(flag: str, values: Sequence, rule: Rule) -> None:
-    """Raises Refusal, named for the flag, where a value is against the rule."""
-    for value in values:
-        if wrong := rule(value):
-            shown = "x".join(map(str, value)) if isinstance(value, tuple) else plain(value)
-            raise Refusal(flag, f"{shown} {wrong[0]}", wrong[1])
 
 
 def _model(folder: Path) -> tuple[dict, int]:

@@ -15,7 +15,7 @@ from fvdm_jax.flags import parser
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, plain
 from fvdm_jax.request import Request
-from fvdm_jax.rules import RULES
+from fvdm_jax.rules import RULES, obey
 from fvdm_jax.steps import calls
 from fvdm_jax.zoo import ZOO
 
@@ -97,8 +97,7 @@ class Form(NamedTuple):
             many = {name: tuple(given[name]) for name in ("keep", "lora")}
             asked = Request(**given | many)
             for name in ("frames", "steps"):
-                if wrong := RULES[name](getattr(asked, name)):
-                    raise Refusal(f"--{name}", f"{getattr(asked, name)} {wrong[0]}", wrong[1])
+                obey(f"--{name}", getattr(asked, name), RULES[name])
             _check(asked.steps * asked.frames * asked.size[0] * asked.size[1])
             made = complete(asked)
             _check(sum(calls(made)) * made.frames * made.size[0] * made.size[1])
