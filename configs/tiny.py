@@ -1,4 +1,4 @@
-"""The bundled tiny model: every weight in fvdm_jax/assets/tiny is made by this file.
+"""The bundled tiny model: every weight in fvdm_jax/assets/tiny is made by this file and tiny_vae.py.
 
     python configs/tiny_vae.py vae    # pixels ↔ latents, of textures and moving shapes
     python configs/tiny.py text       # captions → states from which every word of them can be read
@@ -10,9 +10,9 @@
     python -m fvdm_jax.train configs/tiny.py --out runs/tiny/dit --export runs/tiny/model
     python configs/tiny.py pack       # the folder that the package carries
 
-Each step reads what those before it left in runs/tiny, and the first two go on from what they find there, so
-that a sitting may follow another; `--start FOLDER` does so for the transformer. What is bundled was made on
-two cores that other work shared; `configs/LOG.md` has the hours, losses and results of the sittings.
+Each step reads what those before it left in runs/tiny, and goes on from what it finds there, so that a
+sitting may follow another; `--start FOLDER` does so for the transformer. What is bundled was made on two
+cores that other work shared; `configs/LOG.md` has the hours, losses and results of the sittings.
 
 Eight clips are learned by heart, as a check of the trainer:
 

@@ -3,7 +3,7 @@
     python configs/tiny_vae.py vae      # both ways; what was encoded before is of no use then
     python configs/tiny_vae.py decoder  # latents → pixels alone, once configs/tiny.py has stored latents
 
-Both go on from what they find in runs/tiny.
+Both go on from what they find in runs/tiny; `decoder` from its own decoder.safetensors, of the same latents.
 """
 
 import sys
@@ -26,7 +26,7 @@ IMAGE_BATCH, CLIP_BATCH = (12, 1, 64), (3, 33, 32)
 PAIRS = 0.1
 """The share of clips with two shapes."""
 KL = 3e-5
-CLIPS = 2
+WHOLE = 2
 """Whole clips of a batch that the decoder learns from."""
 NOISE = 0.3
 """Most noise in their latents, of these latents' spread: what a transformer makes is not quite right."""
@@ -71,6 +71,8 @@ def train_vae(steps: int = VAE_STEPS):
         or nn.meta.unbox(jax.jit(VAE(VAE_SIZES).init)(jax.random.key(0), vae_batch(0)))["params"]
     )
     train(params, optimiser(7e-4, steps), range(steps), vae_batch, vae_loss, "vae")
+    # What it reads are other latents now.
+    (RUNS / "decoder.safetensors").unlink(missing_ok=True)
 
 
 @partial(jax.jit, static_argnames=("count", "frames"))
@@ -92,11 +94,11 @@ def decoder_batch(params: dict, store: np.ndarray, noise: np.ndarray, step: int)
     if step % 2 == 0:
         latents, video = _textures(key, params, IMAGE_BATCH[0], 1)
     elif step % 8 == 7:
-        latents, video = _textures(key, params, CLIPS, FRAMES)
+        latents, video = _textures(key, params, WHOLE, FRAMES)
     else:
-        first = step // 2 * CLIPS % (len(store) - CLIPS)
-        rows = range(first, first + CLIPS)
-        return store[first : first + CLIPS].astype(np.float32), noise, _shapes(source.scenes(DATA, rows))
+        first = step // 2 * WHOLE % (len(store) - WHOLE)
+        rows = range(first, first + WHOLE)
+        return store[first : first + WHOLE].astype(np.float32), noise, _shapes(source.scenes(DATA, rows))
     return latents, 0 * noise, video
 
 

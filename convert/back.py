@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from fvdm_jax.models.dit import DiTConfig
+from fvdm_jax.presets import PRESETS
 
 from . import names, write
-from .families import BOUNDARIES, Family
+from .families import Family
 from .table import unplan
 from .tensors import Tensor
 
@@ -139,7 +140,7 @@ def write_model_index(folder: Path, parts: dict[str, Family]) -> None:
     index = {"_class_name": "WanImageToVideoPipeline" if image else "WanPipeline"}
     index |= {DIFFUSERS[name]: classes[DIFFUSERS[name]] for name in parts}
     if "dit_low" in parts:
-        index["boundary_ratio"] = BOUNDARIES[image]
+        index["boundary_ratio"] = PRESETS["wan22-i2v" if image else "wan22-t2v"]["boundary"]
     if size is not None and size.channels_out == 48:
         index["expand_timesteps"] = True
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -25,9 +25,6 @@ SIZES = {
 }
 """Published name → our part of a model, and its config."""
 
-BOUNDARIES = {False: 0.875, True: 0.9}
-"""Level at which A14B's low-noise expert takes over: of text-to-video, and of image-to-video."""
-
 _MARKS = {
     "dit": ("head.modulation", "proj_out.weight"),
     "vae": ("decoder.head.2.weight", "decoder.conv_out.weight"),

@@ -50,10 +50,7 @@ _TO_OFFICIAL = {theirs: ours for ours, theirs in DIFFUSERS_DIT}
 
 
 def official(key: str, otherwise: str | None = None) -> str:
-    """The official key of diffusers' module or parameter.
-
-    For a key that it has not `otherwise`, and without that KeyError.
-    """
+    """The official key of diffusers' module or parameter; `otherwise` where there is none, or KeyError."""
     try:
         return _renamed(key, _TO_OFFICIAL)
     except KeyError:

@@ -169,7 +169,7 @@ def _mislabelled(values: np.ndarray) -> bool:
     return bool(np.mean((some >= 0.25) & (some < 2)) > 0.95)
 
 
-SIZE = {"prompt": "", "frames": 81, "size": [480, 832]}
+CLIP = {"prompt": "", "frames": 81, "size": [480, 832]}
 OWN = {
     "wan_1_3b": ("wan-t2v", {"shift": 8.0, "guidance": 6.0}),
     "wan_5b": ("ti2v-5b", {"frames": 121, "size": [704, 1280]}),
@@ -177,7 +177,7 @@ OWN = {
     "wan_14b_flf2v": ("wan-flf2v", {}),
     "wan_a14b_i2v": ("wan22-i2v", {}),
 }
-"""How the published models are sampled by their authors: a preset, and what is theirs beside it at SIZE."""
+"""How the published models are sampled by their authors: a preset, and what is theirs beside it at CLIP."""
 
 
 def config(networks: list[Network]) -> dict:
@@ -186,7 +186,8 @@ def config(networks: list[Network]) -> dict:
     family = next((n.family.name for n in networks if n.family.part == "dit"), "")
     usual = "wan22-t2v" if {"dit_high", "dit_low"} & said.keys() else "wan-t2v"
     preset, own = OWN.get(family, (usual, {}))
-    sampling = SIZE | presets.PRESETS[preset] | own
+    sampling = CLIP | presets.PRESETS[preset] | own
+    # Which frames go first is nothing that a model was trained for.
     return said | {"sampling": {name: value for name, value in sampling.items() if name != "schedule"}}
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from fvdm_jax.program import Refusal, plain
@@ -25,7 +28,7 @@ class Defaults:
 
     The sides of its videos are multiples of `multiple` pixels; its latents have so many `channels`.
     `transformers` are ALONE or EXPERTS. Of Wan's own I2V networks `pictures` counts those that it must be
-    given: 1, or 2 of FLF2V; else it is 0.
+    given: 1, or 2 of FLF2V; else it is 0. `files` are the stamps of its weights.
     """
 
     config: Path
@@ -34,6 +37,33 @@ class Defaults:
     channels: int
     transformers: tuple[str, ...] = ALONE
     pictures: int = 0
+    files: tuple[tuple[str, int, int], ...] = ()
+
+
+def stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Name, size and time of each file, or of all in a folder: another one of its name is told by them.
+
+    Of files alone, since a mounted bucket knows no time of a folder. Raises Refusal, named for the one that
+    cannot be read.
+    """
+    found = []
+    for path in dict.fromkeys(paths):
+        try:
+            every = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
+        except OSError as failure:
+            raise Refusal(path, f"cannot be read: {failure.strerror}", "make it readable") from failure
+        told = [one for one in every if stat.S_ISREG(one.st_mode)]
+        newest = max((one.st_mtime_ns for one in told), default=0)
+        found.append((str(path), sum(one.st_size for one in told), newest))
+    return tuple(found)
+
+
+def _weights(folder: Path, transformers: tuple[str, ...]) -> Iterable[Path]:
+    """The files and folders of a model's weights, by whole names: a folder has several."""
+    for name in (*transformers, "vae", "text", "clip"):
+        for path in (folder / name, folder / f"{name}.safetensors"):
+            if path.exists():
+                yield Path(os.path.abspath(path))
 
 
 def defaults(folder: Path) -> Defaults:
@@ -49,7 +79,8 @@ def defaults(folder: Path) -> Defaults:
         multiple = PATCH * int(vae["patch"]) * 2 ** len(vae["temporal"])
         # The only networks with more channels in than out are conditioned by pictures.
         asked = (2 if dit.get("image_tokens") else 1) if dit["channels_in"] > dit["channels_out"] else 0
-        made = Defaults(config, sampling, multiple, int(vae["latent"]), transformers, asked)
+        channels, files = int(vae["latent"]), stamps(_weights(folder, transformers))
+        made = Defaults(config, sampling, multiple, channels, transformers, asked, files)
     except OSError as failure:
         what = f"{config} cannot be read: {failure.strerror}"
     except (KeyError, TypeError):

@@ -75,7 +75,7 @@ def parser() -> Parser:
     add("--prompts", type=Path, metavar="FILE", help="which image has which prompt: JSON, or a TSV")
     add("--samples", type=whole, default=5, metavar="N", help="videos of each prompt (default 5)")
     add("--preset", default="", choices=PRESETS, help="of an export, as of fvdm_jax.sample")
-    add("--lora", type=lora, action="append", default=[], metavar="DIR[:STRENGTH]", help="the same")
+    add("--lora", type=lora, action="append", default=[], metavar="[high=|low=]DIR[:STRENGTH]", help="too")
     add("--collect", type=Path, metavar="FOLDER", help="read VBench's results there instead")
     return flags
 
@@ -187,7 +187,7 @@ def measure(asked: Asked) -> None:
 def export(asked: Asked) -> None:
     """Videos of all pairs that are not made yet, for others to judge."""
     settings = asked.request.settings
-    shown = {n: v for n, v in settings.items() if n not in ("prompt", "keep", "out", "strength")}
+    shown = {n: v for n, v in settings.items() if n not in ("prompt", "keep", "out", "strength", "files")}
     folder = Export(asked.out, shown)
     total = len(asked.pairs) * asked.flags.samples
     missing = len(folder.missing(asked.pairs, asked.flags.samples))

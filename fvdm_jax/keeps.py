@@ -36,7 +36,8 @@ with one that stands for four. An animated GIF is a clip.
 class Keep:
     """`count` latent frames from `first` on, given by the file; of a clip's `total` those from `skip`.
 
-    Their strength goes from `strength` at the first step to `settled` at the last.
+    Their strength goes from `strength` at the first step to `settled` at the last. `fps` is the clip's own
+    rate where that is less than the video's, else 0.
     """
 
     first: int
@@ -51,7 +52,7 @@ class Keep:
 
     @property
     def note(self) -> str:
-        """Which frames of a clip are used, and where its `fps` are less, at which; else empty."""
+        """Which frames of a clip are used, and its rate where that is less than the video's; else empty."""
         if self.kind == "image":
             return ""
         told = []

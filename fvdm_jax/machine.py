@@ -4,11 +4,9 @@ import contextlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 
 import fvdm_jax
-from fvdm_jax.program import Refusal
 
 
 def free(device) -> float:
@@ -63,22 +61,6 @@ def keep_memory() -> None:
         # One arena, nothing mapped for itself, and −1: nothing given back.
         for option, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
             library.mallopt(option, value)
-
-
-def stamps(paths: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of each file or folder, by which another one of its name is told from it.
-
-    Raises Refusal, named for the one that cannot be read.
-    """
-    found = []
-    for path in dict.fromkeys(paths):
-        try:
-            told = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
-        except OSError as failure:
-            raise Refusal(path, f"cannot be read: {failure.strerror}", "make it readable") from failure
-        newest = max((one.st_mtime_ns for one in told), default=0)
-        found.append((str(path), sum(one.st_size for one in told), newest))
-    return tuple(found)
 
 
 def versions() -> dict[str, str]:

@@ -48,8 +48,8 @@ PRESETS: dict[str, dict] = {
 """By name. Beside a request's settings: `strengths`, of an expert's `--lora` in the order given, and 1 for
 those that follow (Lightning goes first, as Pusa merges it); and `kept`, of a `--keep` that states none.
 
-Wan's READMEs have shift 3 for I2V at 480p, and 8 with guidance 6 for 1.3B, which `convert` gives that
-model as its own, and a preset goes before them. Guidance of two experts is (high noise, low noise).
+Wan's READMEs have shift 3 for I2V at 480p, and 8 with guidance 6 for 1.3B, which `convert` gives those
+models as their own, and a preset goes before them. Guidance of two experts is (high noise, low noise).
 Pusa's README writes 1.4 for every LoRA, its text-to-video script 1.3 for the expert of high noise:
 `--lora high=DIR:1.3`.
 """

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 
 from fvdm_jax import prompt_files, zoo
-from fvdm_jax.defaults import OPTIONAL, PATCH, SAMPLING, Defaults
+from fvdm_jax.defaults import OPTIONAL, PATCH, SAMPLING, Defaults, stamps
 from fvdm_jax.flags import OUT, TINY
 from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX, noise
-from fvdm_jax.machine import stamps
 from fvdm_jax.presets import PRESETS
 from fvdm_jax.program import Refusal, check_output, plain
 from fvdm_jax.rules import RULES, obey, sides
@@ -138,7 +137,7 @@ class Request:
 
     @property
     def settled(self) -> list[float]:
-        """`sampled` at the last step; it is that at the first."""
+        """The same at the last step; `sampled` is that at the first."""
         return self.sampled if self.beside else self._each("settled")
 
     def _each(self, name: str) -> list[float]:
@@ -167,13 +166,10 @@ class Request:
         return json.loads(json.dumps(settings | {"model": os.path.abspath(self.model)}, default=str))
 
 
-def _files(request: Request, model: Defaults) -> list[Path]:
-    """The files and folders that the video follows from."""
-    weights = (
-        model.config.with_name(name + end) for name in model.transformers for end in ("", ".safetensors")
-    )
+def _read(request: Request) -> list[Path]:
+    """The files and folders, beside the model's, that the video follows from."""
     adapters = (Path(folder) / "adapters" for folder, *_ in request.lora)
-    read = [*(keep.path for keep in request.keeps), *filter(Path.exists, weights), *adapters]
+    read = [*(keep.path for keep in request.keeps), *adapters]
     read += [request.noise_file] if request.noise_file else []
     return read + ([Path(request.schedule)] if request.schedule.endswith(".json") else [])
 
@@ -182,6 +178,7 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
     """The Request completed from preset and model, its keeps placed. Raises Refusal; changes nothing.
 
     In this order: values, files (images whole, clips by their header), and that the `outputs` can be written.
+    What is read is stamped then, as `files`.
     A `base` is of others, which have pictures of their own.
     """
     request, kept = _preset(request, model)
@@ -210,7 +207,7 @@ def validate(request: Request, model: Defaults, outputs: bool = True, base: bool
         noise(complete.noise_file, complete.shape(model))
     if outputs and not complete.explain and not several:
         check_outputs(complete)
-    return dataclasses.replace(complete, files=stamps(_files(complete, model)))
+    return dataclasses.replace(complete, files=stamps(_read(complete)) + model.files)
 
 
 def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
@@ -222,7 +219,9 @@ def _preset(request: Request, model: Defaults) -> tuple[Request, float]:
     values = {name: value for name, value in preset.items() if getattr(request, name) is None}
     lora = []
     for folder, strength, expert in request.lora:
-        before = sum(other in ("", expert) for *_, other in lora)
+        # One of both experts comes after those of either.
+        each = [expert] if expert else ["high", "low"]
+        before = max(sum(other in ("", one) for *_, other in lora) for one in each)
         usual = strengths[before] if before < len(strengths) else 1.0
         lora.append((folder, usual if strength is None else strength, expert))
     # Wan's own I2V networks take pictures as they are.
@@ -252,6 +251,10 @@ def _check_experts(request: Request, model: Defaults, guidance: str) -> None:
     """Raises Refusal where something is asked of an expert, and the model has none."""
     if odd := [expert for *_, expert in request.lora if expert not in ("", "high", "low")]:
         raise Refusal("--lora", f"{plain(odd[0])!r} is no expert", "give high, low, or none for both")
+    for folder, *_ in request.lora:
+        if not (Path(folder) / "adapters").is_dir():
+            what = f"{plain(folder)} is no folder with adapters"
+            raise Refusal("--lora", what, f"make it: python -m convert {plain(folder)} FOLDER")
     if len(model.transformers) > 1:
         return
     if isinstance(request.guidance, tuple):

@@ -70,7 +70,6 @@ class Studio:
             looks = Looks(
                 any(one.guided for one in requests), request.history_windows if request.history != 1 else 0
             )
-            self._warn(requests)
             self._layout = sampling.layout(request.mesh, network, self._shape[1:4], looks.count, many)
             self._over = self._layout.over
         said = [f"attention by {self._layout.attention}"]
@@ -88,11 +87,14 @@ class Studio:
         self._read: dict[str, np.ndarray] = {}
         # Read first, so that the text encoder is gone before a transformer comes.
         self._hear(requests)
+        self._warn(requests)
         self._last: Request | None = requests[-1]
 
     def _warn(self, requests: list[Request]) -> None:
         """Says where the second expert comes too late for some frames."""
         for one in requests if len(self._model.transformers) > 1 else ():
+            if one.rolls:
+                continue
             strength = np.float32(one.sampled[: one.latent_frames])
             done = (rows(one, strength)[high(one, strength)] == 0) & (strength > 0)
             if done.any():
@@ -103,6 +105,8 @@ class Studio:
     def welcome(self, request: Request) -> None:
         """Takes one more request; from now on nothing is given back, since others may follow."""
         self._hear([request])
+        if request is not self._last:
+            self._warn([request])
         self._last = None
 
     def _hear(self, requests: list[Request]) -> None:

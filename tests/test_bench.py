@@ -151,6 +151,12 @@ def test_a_side_without_memory_leaves_the_others_in_the_race(monkeypatch):
     sides = race.race({"hungry": hungry, "modest": lambda: lambda: None}, 2)
     assert sides["hungry"] == race.Side([], "ran out of memory") and len(sides["modest"].turns) == 2
     assert race.ratio(*sides.values()) is None
+    # torch says it in other words.
+    for words in ("CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: can't allocate memory"):
+        with pytest.raises(MemoryError), race.limited():
+            raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="shapes"), race.limited():
+        raise RuntimeError("shapes do not fit")
     with pytest.raises(TypeError):
         race.race({"broken": lambda: lambda: len(None)}, 1)
 

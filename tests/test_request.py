@@ -1,6 +1,7 @@
 """What a user may ask for, and how everything else is refused."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def test_what_is_read_is_known_by_size_and_time_while_it_may_go(place):
     flags = ["--keep", "0=a.png", "--schedule", "rows.json", "--lora", "lora"]
     request = ask(*flags)
     told = request.settings
-    assert list(told["files"]) == ["a.png", "model/dit.safetensors", "lora/adapters", "rows.json"]
+    weights = [str(place / f"model/{name}.safetensors") for name in ("dit", "vae", "text")]
+    assert list(told["files"]) == ["a.png", "lora/adapters", "rows.json", *weights]
     for path, other in (
         ("rows.json", b"[[1,1,1,1,1,1,1,1,1],[0,0,0,0,0,0,0,0,0]]"),
         ("lora/adapters/weights", b"bc"),
@@ -133,6 +135,9 @@ def test_what_is_read_is_known_by_size_and_time_while_it_may_go(place):
         before = ask(*flags).settings
         Path(path).write_bytes(other)
         assert ask(*flags).settings["files"] != before["files"]
+    before = ask(*flags).settings
+    os.utime("model/vae.safetensors", (1, 1))
+    assert ask(*flags).settings["files"] != before["files"] and request.settings == told
     Path("a.png").unlink()
     assert request.settings == told
 
@@ -148,6 +153,8 @@ def test_strengths_of_a_preset_count_loras_of_both_experts(place):
         Path(f"model/{name}.safetensors").write_bytes(b"")
     flags = "--preset pusa-wan22-lightning --lora light --lora high=high --lora low=low".split()
     assert [strength for _, strength, _ in ask(*flags).lora] == [1.0, 1.4, 1.4]
+    flags = "--preset pusa-wan22-lightning --lora high=high --lora low=low --lora light".split()
+    assert [strength for _, strength, _ in ask(*flags).lora] == [1.0, 1.0, 1.4]
 
 
 BAD = {

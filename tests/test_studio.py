@@ -235,6 +235,17 @@ def test_a_strength_that_changes_is_another_video(here, model):
     assert np.abs(soft - firm).max() > 1e-3
 
 
+def test_of_frames_that_the_second_expert_never_sees_is_told(here, experts, capfd):
+    """Together every frame ends with the expert of low noise; one after the other only the last does."""
+    flags = ["--model", str(experts), "--steps", "4", "--schedule"]
+    one, other = (parse([*flags, schedule]) for schedule in ("together", "autoregressive"))
+    studio = Studio([one], Stages())
+    studio.welcome(one)
+    assert "expert" not in capfd.readouterr().err
+    studio.welcome(other)
+    assert "note: 2 of 3 frames are clean before the expert of low noise begins" in capfd.readouterr().err
+
+
 def test_a_preset_sets_what_no_flag_says(here, model, experts):
     (here / "one/adapters").mkdir(parents=True)
     (here / "two/adapters").mkdir(parents=True)
