@@ -30,7 +30,7 @@ WHOLE = 2
 """Whole clips of a batch that the decoder learns from."""
 NOISE = 0.3
 """Most noise in their latents, of these latents' spread: what a transformer makes is not quite right."""
-STILL = 0.5
+STILL = 1.0
 """The weight of how much frames change that should not, beside the squared error."""
 
 

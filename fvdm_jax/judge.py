@@ -5,12 +5,24 @@ read here. Clips are [t H W 3], −1 … 1, of square frames; places are x and y
 of the frame, and velocities per clip of LENGTH frames. What cannot be seen is said to be NOTHING.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from fvdm_jax.data.source import COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, TONES, Scene, table, velocity
+from fvdm_jax.data.source import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    TONES,
+    Scene,
+    bounces,
+    table,
+    velocity,
+)
 from fvdm_jax.metrics import delta_e
 from fvdm_jax.sight import RADII, Sight, View, covered, located, nearer, parted, voted
 
@@ -24,6 +36,8 @@ STRAY, WORST = 0.015, 0.04
 """Greatest distance of a shape from its path, over the clip (RMS) and in any frame."""
 JUMP = 2.5
 """Greatest change between two frames, of the median change."""
+NEAR = 0.03
+"""Distance from a wall at which the way into it and the way out of it look the same: two pixels of 64."""
 STILL = 0.5 * min(SPEEDS.values())
 """Least speed of a shape that moves."""
 
@@ -139,7 +153,7 @@ def compare(reading: Reading, scene: Scene, i: int, which: int = 0) -> Verdict:
         shape=reading.shape == shape,
         colour=reading.colour == colour,
         size=reading.size == asked(SIZES, scene.size),
-        direction=reading.direction == asked(DIRECTIONS, scene.direction),
+        direction=asked(DIRECTIONS, scene.direction) in _directions(reading, bounces(scene, i, which)),
         speed=bool(abs(reading.speed - speed) < 0.35 * speed),
         tone=reading.tone == list(TONES)[scene.tone[i]],
         possible=bool(reading.present.all()) and path.residual < STRAY and path.worst < WORST,
@@ -251,6 +265,18 @@ def _direction(moved: np.ndarray) -> str:
     if np.linalg.norm(moved) < STILL:
         return NOTHING
     return list(DIRECTIONS)[(table(DIRECTIONS) @ moved).argmax()]
+
+
+def _directions(reading: Reading, turns: bool) -> set[str]:
+    """What the direction may be called where a shape begins at a wall: that in which it leaves the wall, and
+    of one that is to be reflected, that in which it may have come."""
+    if reading.size == NOTHING:
+        return {reading.direction}
+    place, velocity = reading.path.start, reading.path.velocity
+    beside = np.minimum(place, 1 - place) < SIZES[reading.size] + NEAR
+    out = np.where(beside, np.abs(velocity) * np.where(place < 0.5, 1, -1), velocity)
+    ways = itertools.product(*((1, -1) if at and turns else (1,) for at in beside))
+    return {_direction(out * np.array(way)) for way in ways}
 
 
 def _jumps(pixels: np.ndarray) -> tuple[float, float]:

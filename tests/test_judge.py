@@ -40,14 +40,6 @@ def verdicts(clips, scenes: source.Scene, which=None) -> list[judge.Verdict]:
     return [judge.compare(judge.read(c), scenes, i) for c, i in zip(clips, which, strict=True)]
 
 
-def into_a_wall(scenes: source.Scene) -> np.ndarray:
-    """Which scenes start at a wall and move into it: they look as if they moved away from it."""
-    margin = source.table(source.SIZES)[scenes.size[:, :1]]
-    start, heading = scenes.start[:, 0], source.table(source.DIRECTIONS)[scenes.direction[:, 0]]
-    near = np.where(heading < 0, start, 1 - start) < margin + 0.01
-    return (near & (heading != 0)).any(-1)
-
-
 def share(found: list, *names: str) -> float:
     """Of how many verdicts all these are true."""
     return float(np.mean([all(getattr(v, n) for n in names) for v in found]))
@@ -79,12 +71,30 @@ def pairs():
 def test_true_clips_are_what_their_scenes_say(world, readings):
     scenes, _ = world
     found = [judge.compare(r, scenes, i) for i, r in enumerate(readings)]
-    shares = {name: share(found, name) for name in judge.Verdict._fields if name != "direction"}
+    shares = {name: share(found, name) for name in judge.Verdict._fields}
     assert min(shares.values()) >= 0.99, shares
-    hidden = into_a_wall(scenes)
-    assert hidden.mean() < 0.02
-    assert share([v for v, h in zip(found, hidden, strict=True) if not h], "direction") >= 0.99
     assert set(scenes.background) == {0, 1, 2, 3}
+
+
+def test_at_a_wall_the_way_into_it_and_out_of_it_look_the_same(world, readings):
+    """What is seen two pixels beside its place at a wall may seem to go into it first, for a frame."""
+    scenes, _ = world
+    begins = scenes.start[:, 0] - np.clip(scenes.start[:, 0], 0.28, 0.72)
+    leaves = [
+        i
+        for i in range(COUNT)
+        if readings[i].size == "large"
+        and (begins[i] != 0).sum() == 1
+        and (begins[i] * source.velocity(scenes)[i, 0]).sum() < 0
+    ]
+    assert len(leaves) > 5
+    for i in leaves:
+        path = readings[i].path
+        into = path._replace(velocity=np.where(begins[i] != 0, -path.velocity, path.velocity))
+        other = readings[i]._replace(path=into, direction="another")
+        assert judge.compare(other, scenes, i).direction and judge.compare(readings[i], scenes, i).direction
+        away = into._replace(start=np.full(2, 0.5))
+        assert not judge.compare(readings[i]._replace(path=away), scenes, i).direction
 
 
 def test_blur_and_noise_do_not_matter(world):

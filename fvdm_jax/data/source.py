@@ -109,11 +109,11 @@ def _said(scene: Scene, i: int, which: int) -> str:
 
     adjectives = word(SIZES, scene.size), word(COLOURS, scene.colour)
     motion = "moves", word(DIRECTIONS, scene.direction), word(SPEEDS, scene.speed)
-    ending = "and bounces" if _bounces(scene, i, which) else ""
+    ending = "and bounces" if bounces(scene, i, which) else ""
     return " ".join(w for w in ("a", *adjectives, word(SHAPES, scene.shape), *motion, ending) if w)
 
 
-def _bounces(scene: Scene, i: int, which: int) -> bool:
+def bounces(scene: Scene, i: int, which: int) -> bool:
     """Whether the shape meets the edge of a square frame."""
     margin = table(SIZES)[scene.size[i, which]]
     end = scene.start[i, which] + velocity(scene)[i, which]
