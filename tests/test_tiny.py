@@ -51,10 +51,10 @@ def through_the_vae(model):
 
 
 def test_textures_survive_its_vae(through_the_vae):
-    """Pictures with a photograph's statistics: measured 22.3 dB."""
+    """Pictures with a photograph's statistics: measured 22.5 dB."""
     keys = jax.random.split(jax.random.key(9), 8)
     pictures = jax.jit(jax.vmap(lambda key: textures(key, 1, SIDE, SIDE)))(keys)
-    assert psnr(through_the_vae(pictures), pictures) > 21.5
+    assert psnr(through_the_vae(pictures), pictures) > 22.0
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,14 @@ def world() -> tuple[source.Scene, np.ndarray]:
 def test_moving_shapes_survive_its_vae_and_what_they_do_can_be_read(through_the_vae, world):
     scenes, clips = world
     again = np.asarray(through_the_vae(clips))
-    assert psnr(again, clips) > 24.0 and psnr(again[:, -1], clips[:, -1]) > 24.0
+    assert psnr(again, clips) > 25.0 and psnr(again[:, -1], clips[:, -1]) > 25.0
+    # What stands still does so: 1.15 times the true change from frame to frame.
+    change = [np.abs(np.diff(several, axis=1)).mean() for several in (again, clips)]
+    assert change[0] < 1.3 * change[1]
     verdicts = [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(again)]
-    # Of 96, by hand: colour, size and tone all, direction 97 %, shape 95 % (small squares look like circles).
-    for word in ("colour", "size", "tone", "direction", "speed"):
+    # Of 256, by evaluate: all but shape and possible motion, 98 % each, smoothness, 95 %, and the end, 97 %.
+    for word in judge.Verdict._fields:
         assert sum(getattr(verdict, word) for verdict in verdicts) >= 7, word
-    assert sum(verdict.shape for verdict in verdicts) >= 6
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,7 @@ def told(generate, world):
 
 @pytest.mark.parametrize(("word", "least"), [("tone", 7), ("colour", 7), ("direction", 6)])
 def test_videos_follow_their_prompts(told, word, least):
-    """Measured 8, 8 and 7 of 8; of 256 others colour 99 %, direction 84 %."""
+    """Of 256 others colour 99 %, direction 91 %."""
     assert sum(getattr(verdict, word) for verdict in told) >= least
 
 
@@ -126,7 +128,7 @@ def test_a_kept_image_begins_the_video_bit_for_bit(generate, model, world):
     # What follows belongs to it: the background of the last frame is that of the first.
     corners = np.abs(made[:, -1, :4, :4] - made[:, 0, :4, :4]).mean((1, 2, 3))
     assert np.median(corners) < 0.15
-    # And goes where the prompt says: 8 of these, 89 % of 64 others (`python -m fvdm_jax.evaluate`).
+    # And goes where the prompt says: 8 of these, 98 % of 256 others (`python -m fvdm_jax.evaluate`).
     verdicts = [judge.compare(judge.read(clip), scenes, i) for i, clip in enumerate(made)]
     assert sum(verdict.direction for verdict in verdicts) >= 6, verdicts
 
