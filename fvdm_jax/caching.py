@@ -20,8 +20,8 @@ from fvdm_jax.zoo import Matrix
 SETTLING = 0.3
 """How much of its path a frame takes by calls alone: the first steps decide what there is to see.
 
-The bundled model's latents, of 20 steps for 4 prompts, are with 12 calls off by 0.12 (relative L2) from those
-of 100 steps, where 12 steps without it are off by 0.15, and 20 by 0.08. Of an earlier one, 13 calls without
+The bundled model's latents, of 20 steps for 3 prompts, are with 12 calls off by 0.06 (relative L2) from those
+of 100 steps, where 12 steps without it are off by 0.17, and 20 by 0.08. Of an earlier one, 13 calls without
 this were off by 0.18 from 20 steps, where 12 calls with it were by 0.06.
 """
 

