@@ -174,12 +174,19 @@ def lora(text: str) -> tuple[str, float | None, str]:
     folder, strength = numbered(rest, None)
     if strength is not None and not abs(strength) <= 100:
         raise argparse.ArgumentTypeError(f"the strength of {plain(text)} is not from -100 to 100")
-    if not (Path(folder) / "adapters").is_dir():
-        right = f"make it: python -m convert {plain(folder)} FOLDER"
-        if (Path(folder) / "run.json").is_file():
-            right = f"export it: python -m fvdm_jax.train CONFIG --out {plain(folder)} --export FOLDER"
-        raise argparse.ArgumentTypeError(f"{plain(folder)} is no folder with adapters; {right}")
+    if wrong := no_adapters(folder):
+        raise argparse.ArgumentTypeError("; ".join(wrong))
     return folder, strength, expert
+
+
+def no_adapters(folder: str) -> tuple[str, str] | None:
+    """What is wrong with a folder that has no adapters, and what would be right."""
+    if (Path(folder) / "adapters").is_dir():
+        return None
+    right = f"make it: python -m convert {plain(folder)} FOLDER"
+    if (Path(folder) / "run.json").is_file():
+        right = f"export it: python -m fvdm_jax.train CONFIG --out {plain(folder)} --export FOLDER"
+    return f"{plain(folder)} is no folder with adapters", right
 
 
 def _one_or_two(text: str) -> float | tuple[float, float]:

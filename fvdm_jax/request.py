@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fvdm_jax import prompt_files, zoo
 from fvdm_jax.defaults import OPTIONAL, PATCH, SAMPLING, Defaults, stamps
-from fvdm_jax.flags import OUT, TINY
+from fvdm_jax.flags import OUT, TINY, no_adapters
 from fvdm_jax.keeps import Keep, latent, placed, total
 from fvdm_jax.latents import SUFFIX, noise
 from fvdm_jax.presets import PRESETS
@@ -252,9 +252,8 @@ def _check_experts(request: Request, model: Defaults, guidance: str) -> None:
     if odd := [expert for *_, expert in request.lora if expert not in ("", "high", "low")]:
         raise Refusal("--lora", f"{plain(odd[0])!r} is no expert", "give high, low, or none for both")
     for folder, *_ in request.lora:
-        if not (Path(folder) / "adapters").is_dir():
-            what = f"{plain(folder)} is no folder with adapters"
-            raise Refusal("--lora", what, f"make it: python -m convert {plain(folder)} FOLDER")
+        if wrong := no_adapters(folder):
+            raise Refusal("--lora", *wrong)
     if len(model.transformers) > 1:
         return
     if isinstance(request.guidance, tuple):
